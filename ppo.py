@@ -1,0 +1,499 @@
+"""PPO for RLHF: the baseline to which drpo.py adds dataset resets. One file, plain PyTorch.
+
+A language model learns to please a reward model while a KL penalty keeps it near the supervised policy. Each update
+samples one response per prompt, scores it, and takes a few clipped gradient steps on the sampled tokens.
+
+    python ppo.py                                         # embedded task; trains models/sft, models/reward if missing
+    python ppo.py --kl-coef 0 --total-episodes 12800      # watch it over-optimise the reward model
+
+DR-PO = arXiv:2404.08495v3, PPO = arXiv:1707.06347, GAE = arXiv:1506.02438, N+ = arXiv:2403.17031 (the details of RLHF
+with PPO). "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr. What differs from it:
+ 1. tokens after EOS are masked everywhere: KL, rewards, values, whitening, losses, statistics.
+ 2. an EOS in the last column counts as finished.
+ 3. advantages are whitened, rewards are not; sampling stops at EOS instead of running to the full length.
+ 4. the gradient norm is clipped, and all randomness comes from --seed.
+ 5. full fine-tuning in float32 and one process: no LoRA, no DeepSpeed.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+import transformers
+import tyro
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
+
+
+@dataclass
+class Args:
+    seed: int = 1
+    """seed of every random draw: data order, sampling, minibatches"""
+    dataset: str = "data/tldr_mini/reference"
+    """hub name, folder or .jsonl file with `prompt` and `completion` (and `rubric`, if quality can be computed)"""
+    sft_path: str = "models/sft"
+    """folder or hub name of the supervised policy (pi_SFT): start and KL anchor; the default is trained if missing"""
+    reward_path: str = "models/reward"
+    """folder or hub name of the reward model; the default is trained if missing"""
+    output_dir: str = "models/ppo"
+    """folder for the final model; a folder already there is kept under a numbered name"""
+    run_name: str = ""
+    """folder under runs/ for metrics.jsonl, args.json and the picture; empty: script, seed and time"""
+    eval_split: str = "test"
+    """split for the final table; the picture uses `validation`"""
+    eval_every: int = 5
+    """updates between two evaluations on the validation split"""
+    eval_rows: int = 128
+    """validation rows per evaluation"""
+
+    # algorithm
+    total_episodes: int = 5120
+    """responses to sample in the whole run"""
+    batch_size: int = 64
+    """responses per update"""
+    minibatch_size: int = 64
+    """responses per optimizer step"""
+    micro_batch_size: int = 64
+    """responses per forward and backward pass; lower it to save memory, results agree to rounding"""
+    num_ppo_epochs: int = 4
+    """passes over each batch"""
+    learning_rate: float = 3e-4
+    """initial AdamW step size (eta), decays linearly to 0; 3e-6 in the paper, whose models are pretrained"""
+    kl_coef: float = 0.05
+    """weight of the per-token KL penalty (lambda)"""
+    gamma: float = 1.0
+    """discount (gamma)"""
+    gae_lambda: float = 0.95
+    """bias-variance trade-off of the advantage estimate (lambda in GAE)"""
+    clip_coef: float = 0.2
+    """clip range of the ratio and of the value (epsilon)"""
+    vf_coef: float = 0.1
+    """weight of the value loss"""
+    max_grad_norm: float = 1.0
+    """the gradient of policy and critic together is scaled down to this norm"""
+    temperature: float = 1.0
+    """sampling temperature, also applied to every log-prob"""
+    prompt_length: int = 128
+    """most prompt tokens; longer prompts are cut from the left"""
+    response_length: int = 32
+    """most response tokens, EOS included"""
+    missing_eos_score: float = -1.0
+    """score of a response without EOS; references average 0"""
+
+
+# data
+def fail(message):
+    """Bad input: one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def load(auto_class, path, **kwargs):
+    """`from_pretrained` of a folder or hub name; what is missing or broken there becomes one line."""
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        fail(f"cannot load {path}: {str(error).splitlines()[0]}")
+
+
+def build_missing(path, default, script):
+    """Runs `script` in its own process if the default checkpoint that it writes is not there yet."""
+    if path == default and not os.path.isdir(path):
+        print(f"{path} does not exist yet: running {script} first", flush=True)
+        if subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), script)]).returncode != 0:
+            fail(f"{script} did not finish")
+
+
+def load_rows(dataset, split, columns):
+    """One split of a dataset as a list of dicts; every row must have text in each of `columns`."""
+    local = os.path.exists(dataset)  # note: streamed, because the cache of `datasets` misses edits of local files
+    source = ("json", None, None, {split: dataset}) if os.path.isfile(dataset) else (dataset,)
+    try:
+        rows = list(datasets.load_dataset(*source, split=split, streaming=local))
+    except Exception as error:  # datasets raises many kinds; the first line says what went wrong
+        fail(f"--dataset {dataset}, split {split!r}: {str(error).splitlines()[0]}")
+    for column in columns:
+        if not rows or column not in rows[0]:
+            fail(
+                f"--dataset {dataset}, split {split!r}: no column {column!r} in {list(rows[0]) if rows else 'no rows'}"
+            )
+        for number, row in enumerate(rows):
+            if not isinstance(row[column], str) or not row[column].strip():
+                fail(f"--dataset {dataset}, split {split!r}, row {number}, column {column!r}: empty or not text")
+    return rows
+
+
+def encode(tokenizer, texts, kind, max_length):
+    """Token ids of each text. Prompts are cut from the left, responses get EOS and are cut from the right."""
+    ids = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"]
+    if kind == "responses":
+        ids = [row + [tokenizer.eos_token_id] for row in ids]
+    cut = sum(len(row) > max_length for row in ids)
+    if cut:
+        print(f"note: {cut} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
+    return [row[-max_length:] if kind == "prompts" else row[:max_length] for row in ids]
+
+
+def pad(rows, side, device):
+    """Lists of token ids -> ids (B, L) long with 0 where padded, mask (B, L) bool."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side)
+    mask = pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True, padding_side=side)
+    return ids.to(device), mask.bool().to(device)
+
+
+FUNCTION_WORDS = frozenset(
+    "a about and at because but feel felt i in is it my now of on should so that the them this to was with".split()
+)
+
+
+def rubric_score(summary, facts):
+    """Quality of `summary` (text) against `facts` (the key phrases of the post), in [-1, 1]; data/tldr_mini/README.md.
+
+    +1 for each fact stated word for word, -1/2 for each repetition of a fact and for each content word that belongs
+    to no stated fact, all over the number of facts; -0.05 for each word past the length of all facts plus six.
+    """
+    words = re.findall(r"[a-z']+", summary.lower())
+    text, stated, repeated = f" {' '.join(words)} ", 0, 0
+    for fact in facts:
+        count = text.count(f" {fact} ")
+        stated, repeated = stated + (count > 0), repeated + max(0, count - 1)
+        text = text.replace(f" {fact} ", " | ")
+    unsupported = sum(word != "|" and word not in FUNCTION_WORDS for word in text.split())
+    excess = max(0, len(words) - sum(len(fact.split()) for fact in facts) - 6)
+    return max(-1.0, (stated - 0.5 * repeated - 0.5 * unsupported) / len(facts) - 0.05 * excess)
+
+
+# log-probs, values, scores
+def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask):
+    """Hidden states (B, R + 1, d): column t has read the prompt and t response tokens. The only place that shifts."""
+    input_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, P + R)
+    mask = torch.cat([prompt_mask, response_mask], dim=1)  # (B, P + R)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    hidden = model.base_model(input_ids=input_ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    return hidden[:, prompt_ids.shape[1] - 1 :]
+
+
+def token_logprobs(model, prompt_ids, prompt_mask, response_ids, response_mask, action_mask, temperature):
+    """Log-probs (B, R) of the response tokens where action_mask is True, 0 elsewhere.
+
+    The output head runs there only. note: logits that a model rescales after its head need that added here and below.
+    """
+    states = response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)[:, :-1]
+    logits = model.get_output_embeddings()(states[action_mask]).float() / temperature  # (actions, V)
+    picked = logits.gather(-1, response_ids[action_mask].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    return torch.zeros_like(action_mask, dtype=picked.dtype).masked_scatter(action_mask, picked)
+
+
+def token_values(critic, prompt_ids, prompt_mask, response_ids, response_mask):
+    """Values (B, R): expected return before response token t is emitted."""
+    states = response_states(critic, prompt_ids, prompt_mask, response_ids, response_mask)[:, :-1]
+    return critic.score(states).squeeze(-1).float() - getattr(critic.config, "score_mean", 0.0)
+
+
+def sequence_scores(reward_model, prompt_ids, prompt_mask, response_ids, response_mask):
+    """Scores (B,), read at the last real token (N+ detail 12), centred so that references average 0 (N+ detail 15)."""
+    states = response_states(reward_model, prompt_ids, prompt_mask, response_ids, response_mask)
+    last = states[torch.arange(len(states)), response_mask.sum(1)]  # (B, d)
+    return reward_model.score(last).squeeze(-1).float() - getattr(reward_model.config, "score_mean", 0.0)
+
+
+@torch.no_grad()
+def in_chunks(function, model, size, *tensors, **kwargs):
+    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time."""
+    return torch.cat([function(model, *part, **kwargs) for part in zip(*(tensor.split(size) for tensor in tensors))])
+
+
+# rollout
+def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temperature):
+    """Continues every row of a left-padded context (B, C) until EOS or its own budget num_tokens (B,).
+
+    -> generated_ids (B, R), 0 after the end. Token t is the inverse CDF at uniforms[row, t], so a row's tokens do not
+    depend on the rows beside it. The context is one forward pass; finished rows leave the batch and the cache.
+    """
+    generated_ids = torch.zeros_like(uniforms, dtype=torch.long)  # (B, R)
+    rows, cache = torch.arange(len(uniforms), device=uniforms.device), DynamicCache(config=model.config)
+    ids, mask, positions = context_ids, context_mask, (context_mask.cumsum(1) - 1).clamp(min=0)
+    for t in range(uniforms.shape[1]):
+        hidden = model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1]
+        cdf = (model.get_output_embeddings()(hidden).float() / temperature).softmax(-1).cumsum(-1)  # (rows, V)
+        tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
+        generated_ids[rows, t] = tokens
+        going = (tokens != eos) & (num_tokens[rows] > t + 1)
+        if not going.any():
+            break
+        if not going.all():
+            cache.batch_select_indices(going)
+        rows, ids, positions = rows[going], tokens[going, None], positions[going, -1:] + 1
+        mask = torch.cat([mask[going], torch.ones_like(ids, dtype=torch.bool)], dim=1)
+    return generated_ids
+
+
+def mask_to_eos(response_ids, eos):
+    """Response mask (B, R): True up to and including the first EOS."""
+    is_eos = (response_ids == eos).long()
+    return is_eos.cumsum(1) - is_eos == 0
+
+
+# rewards, advantages, losses
+def masked_whiten(x, mask):
+    """Mean 0 and variance 1 over the True entries, 0 elsewhere (N+ detail 25)."""
+    mean = (x * mask).sum() / mask.sum()
+    var = ((x - mean) ** 2 * mask).sum() / mask.sum()
+    return (x - mean) * torch.rsqrt(var + 1e-8) * mask
+
+
+def make_rewards(kl, scores, action_mask, response_mask, kl_coef):
+    """Rewards (B, R): -kl_coef * kl on every action, plus the score (B,) on the last real token."""
+    rewards = -kl_coef * kl * action_mask
+    rewards[torch.arange(len(scores)), response_mask.sum(1) - 1] += scores
+    return rewards
+
+
+def compute_gae(rewards, values, action_mask, gamma, gae_lambda):
+    """Advantages and returns (B, R) over the actions, which are contiguous in each row (GAE Eq. 16, truncated)."""
+    values = values * action_mask
+    advantages, running = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        next_values = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
+        delta = rewards[:, t] + gamma * next_values - values[:, t]
+        running = (delta + gamma * gae_lambda * running) * action_mask[:, t]
+        advantages[:, t] = running
+    return advantages, advantages + values
+
+
+def policy_loss(new_logprobs, logprobs, advantages, clip_coef):
+    """Clipped surrogate per token (M, R), negated for descent (PPO Eq. 7)."""
+    ratio = torch.exp(new_logprobs - logprobs)
+    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef))
+
+
+def value_loss(new_values, values, returns, clip_coef):
+    """Half squared error per token (M, R), with the step away from the old value clipped as in N+."""
+    clipped = values + (new_values - values).clamp(-clip_coef, clip_coef)
+    return 0.5 * torch.max((new_values - returns) ** 2, (clipped - returns) ** 2)
+
+
+# measurement and files
+def evaluate(policy, ref_policy, reward_model, tokenizer, rows, args, device):
+    """Samples one response per row from its prompt, at the training temperature and from one fixed table of uniforms.
+
+    -> texts and means: win rate against the reference (by rubric, else by score; a tie is half a win), rubric, score,
+    KL to SFT (nats per response), length (tokens, EOS included), share of responses that ended with EOS.
+    """
+    size, eos = args.micro_batch_size, tokenizer.eos_token_id
+    prompts = pad([row["prompt_ids"] for row in rows], "left", device)  # ids (B, P), mask (B, P)
+    offline = pad([row["offline_ids"] for row in rows], "right", device)
+    table = np.random.default_rng(args.seed).random((len(rows), args.response_length), dtype=np.float32)
+    uniforms, budget = torch.from_numpy(table).to(device), torch.full((len(rows),), args.response_length, device=device)
+    response_ids = in_chunks(generate, policy, size, *prompts, uniforms, budget, eos=eos, temperature=args.temperature)
+    mask, ended = mask_to_eos(response_ids, eos), (response_ids == eos).any(1)
+    batch = (*prompts, response_ids, mask)
+    scores = torch.where(ended, in_chunks(sequence_scores, reward_model, size, *batch), args.missing_eos_score)
+    logprobs = in_chunks(token_logprobs, policy, size, *batch, mask, temperature=args.temperature)
+    ref_logprobs = in_chunks(token_logprobs, ref_policy, size, *batch, mask, temperature=args.temperature)
+    texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(response_ids, mask)]
+    means = {"score": scores, "kl": (logprobs - ref_logprobs).sum(1), "length": mask.sum(1), "eos": ended}
+    if "rubric" in rows[0]:
+        quality = torch.tensor([rubric_score(text, row["rubric"]) for text, row in zip(texts, rows)])
+        target = torch.tensor([rubric_score(row["completion"], row["rubric"]) for row in rows])
+        means = {"rubric": quality} | means
+    else:
+        quality, target = scores, in_chunks(sequence_scores, reward_model, size, *prompts, *offline)
+    means = {"win_rate": 0.5 + 0.5 * (quality - target).sign()} | means
+    return texts, {name: value.float().mean().item() for name, value in means.items()}
+
+
+def log_metrics(run_dir, writer, metrics):
+    """One line of metrics.jsonl; the same numbers to TensorBoard where it is installed."""
+    with open(os.path.join(run_dir, "metrics.jsonl"), "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    for name, value in metrics.items() if writer else ():
+        writer.add_scalar(name, value, metrics["update"])
+
+
+def save_folder(path, *parts):
+    """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2, .."""
+    path = os.path.normpath(path)
+    for part in parts:
+        part.save_pretrained(f"{path}.tmp")
+    if os.path.exists(path):
+        number = next(n for n in range(1, 10**6) if not os.path.exists(f"{path}.{n}"))
+        print(f"keeping the earlier {path} as {path}.{number}")
+        os.rename(path, f"{path}.{number}")
+    os.rename(f"{path}.tmp", path)
+
+
+def plot_run(history, path):
+    """Rubric, score and KL on the validation split against episodes, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no picture of the run: pip install matplotlib")
+    names = [name for name in ("rubric", "score", "kl") if name in history[0]]
+    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names)), names):
+        axes.plot([point["episodes"] for point in history], [point[name] for point in history], marker="o", ms=3)
+        axes.set(title={"score": "reward-model score", "kl": "KL to SFT (nats)"}.get(name, name), xlabel="episodes")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    # arguments
+    args = tyro.cli(Args)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    num_updates = args.total_episodes // args.batch_size
+    if num_updates < 1 or args.batch_size % args.minibatch_size:
+        fail("--total-episodes must be at least --batch-size, and --minibatch-size must divide --batch-size")
+    run_name = args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
+    run_dir = os.path.join("runs", run_name)
+    if os.path.exists(run_dir):
+        fail(f"--run-name {run_name}: {run_dir} already exists, choose another name")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    DATA, SAMPLING, MINIBATCHES = 1, 2, 3  # a draw is fixed by (seed, one of these, epoch or update), nothing else
+
+    # data and models
+    build_missing(args.sft_path, Args.sft_path, "sft.py")
+    build_missing(args.reward_path, Args.reward_path, "reward_model.py")
+    size, temperature, tokenizer = args.micro_batch_size, args.temperature, load(AutoTokenizer, args.sft_path)
+    eos = tokenizer.eos_token_id
+    if tokenizer.pad_token is None:
+        fail(f"the tokenizer at {args.sft_path} has no pad token: set tokenizer.pad_token and save it again")
+    if load(AutoTokenizer, args.reward_path).get_vocab() != tokenizer.get_vocab():
+        fail(f"--reward-path {args.reward_path} has another vocabulary than --sft-path {args.sft_path}")
+    splits = {}
+    for split in ("train", "validation", args.eval_split):
+        rows = load_rows(args.dataset, split, ("prompt", "completion"))
+        rows = rows[: args.eval_rows if split == "validation" else None]
+        prompts = encode(tokenizer, [row["prompt"] for row in rows], "prompts", args.prompt_length)
+        offline = encode(tokenizer, [row["completion"] for row in rows], "responses", args.response_length)
+        splits[split] = [row | {"prompt_ids": p, "offline_ids": o} for row, p, o in zip(rows, prompts, offline)]
+    # eval mode, that is no dropout, or the ratios of the first epoch are not 1 (N+ detail 7)
+    kind, path = AutoModelForCausalLM, args.sft_path
+    policy, ref_policy = (load(kind, path, dtype=torch.float32).to(device).eval() for _ in range(2))
+    kind, path = AutoModelForSequenceClassification, args.reward_path
+    reward_model, critic = (load(kind, path, dtype=torch.float32).to(device).eval() for _ in range(2))
+    parameters = [*policy.parameters(), *critic.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
+    train, held_out = splits["train"], splits[args.eval_split]
+    epochs = range(-(-args.total_episodes // len(train)))  # each a new shuffle of the train split
+    order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
+
+    # log
+    os.makedirs(run_dir)
+    with open(os.path.join(run_dir, "args.json"), "w") as file:
+        json.dump(vars(args), file, indent=2)
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        SummaryWriter = None
+    writer = SummaryWriter and SummaryWriter(run_dir)
+    frozen = (ref_policy, reward_model, tokenizer)
+    history = [{"episodes": 0} | evaluate(policy, *frozen, splits["validation"], args, device)[1]]
+
+    progress = tqdm(range(1, num_updates + 1), unit="update")
+    for update in progress:
+        clock = [time.perf_counter()]
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * (1 - (update - 1) / num_updates)
+
+        # 1 sample prompts
+        rows = [train[i] for i in order[(update - 1) * args.batch_size : update * args.batch_size]]
+        prompts = pad([row["prompt_ids"] for row in rows], "left", device)  # ids (B, P), mask (B, P)
+        rng = np.random.default_rng([args.seed, SAMPLING, update])
+        uniforms = torch.from_numpy(rng.random((args.batch_size, args.response_length), dtype=np.float32)).to(device)
+
+        # 2 rollout from the prompt
+        budget = torch.full((args.batch_size,), args.response_length, device=device)
+        response_ids = in_chunks(generate, policy, size, *prompts, uniforms, budget, eos=eos, temperature=temperature)
+        response_mask = mask_to_eos(response_ids, eos)  # (B, R), as response_ids
+        action_mask = response_mask  # in PPO every response token is an action
+        clock.append(time.perf_counter())
+
+        # 3 score; log-probs and values under the models as they are before the update
+        batch = (*prompts, response_ids, response_mask)
+        scores = in_chunks(sequence_scores, reward_model, size, *batch)  # (B,)
+        ended = (response_ids == eos).any(1)  # differs from official code (drpo.py:803): EOS in the last column counts
+        scores = torch.where(ended, scores, args.missing_eos_score)  # N+ detail 23
+        logprobs = in_chunks(token_logprobs, policy, size, *batch, action_mask, temperature=temperature)
+        ref_logprobs = in_chunks(token_logprobs, ref_policy, size, *batch, action_mask, temperature=temperature)
+        values = in_chunks(token_values, critic, size, *batch)  # (B, R)
+
+        # 4 KL penalty and advantages
+        kl = logprobs - ref_logprobs  # (B, R), 0 off the actions; differs from official code (drpo.py:808): masked
+        rewards = make_rewards(kl, scores, action_mask, response_mask, args.kl_coef)
+        advantages, returns = compute_gae(rewards, values, action_mask, args.gamma, args.gae_lambda)
+        # differs from official code (drpo.py:817, 830): rewards are not whitened, advantages over actions only
+        advantages = masked_whiten(advantages, action_mask)
+        clock.append(time.perf_counter())
+
+        # 5 PPO epochs
+        stats = []
+        rng = np.random.default_rng([args.seed, MINIBATCHES, update])
+        orders = [torch.from_numpy(rng.permutation(args.batch_size)).to(device) for _ in range(args.num_ppo_epochs)]
+        for minibatch in [part for shuffled in orders for part in shuffled.split(args.minibatch_size)]:
+            num_actions, sums = action_mask[minibatch].sum(), Counter()
+            for micro in minibatch.split(size):
+                mask, part = action_mask[micro], [tensor[micro] for tensor in batch]
+                new_logprobs = token_logprobs(policy, *part, mask, temperature)
+                new_values = token_values(critic, *part)
+                log_ratio = new_logprobs - logprobs[micro]
+                terms = {
+                    "loss/policy": policy_loss(new_logprobs, logprobs[micro], advantages[micro], args.clip_coef),
+                    "loss/value": value_loss(new_values, values[micro], returns[micro], args.clip_coef),
+                    "policy/approx_kl": log_ratio.expm1() - log_ratio,
+                    "policy/clipfrac": log_ratio.expm1().abs() > args.clip_coef,
+                    "policy/ratio_error": log_ratio.expm1().abs(),
+                }  # each (micro, R)
+                # differs from official code (drpo.py:874): the value loss, too, averages over actions only
+                terms = {name: (term * mask).sum() / num_actions for name, term in terms.items()}
+                (terms["loss/policy"] + args.vf_coef * terms["loss/value"]).backward()
+                sums.update({name: term.item() for name, term in terms.items()})
+            sums["policy/grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+            optimizer.step()
+            optimizer.zero_grad()
+            stats.append(sums)
+        clock.append(time.perf_counter())
+
+        # 6 log
+        metrics = {"update": update, "episodes": update * args.batch_size, "learning_rate": group["lr"]}
+        metrics |= {"objective/score": scores.mean().item(), "objective/kl": kl.sum(1).mean().item()}
+        metrics |= {"objective/reward": rewards.sum(1).mean().item(), "response/eos": ended.float().mean().item()}
+        metrics |= {"response/length": response_mask.sum(1).float().mean().item()}
+        metrics |= {"policy/entropy": (-logprobs.sum() / action_mask.sum()).item()}
+        metrics["policy/first_ratio_error"] = stats[0]["policy/ratio_error"]
+        metrics |= {name: float(np.mean([sums[name] for sums in stats])) for name in stats[0]}
+        metrics |= {f"time/{name}": s for name, s in zip(("rollout", "score", "optimise"), np.diff(clock).tolist())}
+        if update % args.eval_every == 0 or update == num_updates:
+            point = evaluate(policy, *frozen, splits["validation"], args, device)[1]
+            history.append({"episodes": update * args.batch_size} | point)
+            metrics |= {f"eval/{name}": value for name, value in point.items()}
+        log_metrics(run_dir, writer, metrics)
+        progress.set_postfix(score=scores.mean().item(), kl=metrics["objective/kl"], win=history[-1]["win_rate"])
+
+    # 7 save, evaluate on held-out prompts, show
+    save_folder(args.output_dir, policy, tokenizer)
+    plot_run(history, os.path.join(run_dir, "run.png"))
+    sft_texts, sft_result = evaluate(ref_policy, *frozen, held_out, args, device)
+    texts, result = evaluate(policy, *frozen, held_out, args, device)
+    results = {"SFT": sft_result, "PPO": result}
+    with open(os.path.join(run_dir, "result.json"), "w") as file:
+        json.dump(results, file, indent=2)
+    for row, sft_text, text in list(zip(held_out, sft_texts, texts))[:3]:
+        print(f"\n{row['prompt']}\n  reference:{row['completion']}\n  SFT:      {sft_text}\n  tuned:    {text}")
+    print(f"\n{len(held_out)} prompts of {args.eval_split}".ljust(26) + "".join(f"{name:>10}" for name in result))
+    for name, row in results.items():
+        print(f"{name:25}" + "".join(f"{value:10.3f}" for value in row.values()))
+    print(f"\nfinal policy: {args.output_dir}   metrics, arguments, picture: {run_dir}")

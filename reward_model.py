@@ -1,0 +1,324 @@
+"""Reward model: a scalar head on the SFT model, trained on preference pairs with the Bradley-Terry loss.
+
+The score of a prompt with a response is read at the response's last token, its EOS. After training the scores are
+centred so that reference responses average 0; the constant is stored in the config as `score_mean`.
+
+    python reward_model.py                                 # embedded task, about a minute on two cores
+    python reward_model.py --sft-path my_sft --dataset trl-lib/tldr-preference --reference-dataset trl-lib/tldr
+
+DR-PO = arXiv:2404.08495v3, N+ = arXiv:2403.17031. "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr:
+ 1. references are scored at their real EOS; the official centring (rm.py:587) reads a padding position.
+ 2. linear learning-rate decay (the paper's; the official code decays by a cosine).
+ 3. a small penalty on each pair's mean score (--center-coef) and two epochs: the tiny model needs both, docs/ says why.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+
+@dataclass
+class Args:
+    seed: int = 1
+    """seed of every random draw: data order, initial weights of the head"""
+    dataset: str = "data/tldr_mini/preference"
+    """hub name, folder or .jsonl file with `prompt`, `chosen` and `rejected` (and `rubric`, for the table by margin)"""
+    reference_dataset: str = "data/tldr_mini/reference"
+    """dataset with `prompt` and `completion`, whose scores are centred to average 0"""
+    sft_path: str = "models/sft"
+    """folder or hub name of the supervised policy (pi_SFT) to start from; the default is trained if missing"""
+    output_dir: str = "models/reward"
+    """folder for the final model; a folder already there is kept under a numbered name"""
+    run_name: str = ""
+    """folder under runs/ for metrics.jsonl, args.json and the picture; empty: script, seed and time"""
+    eval_split: str = "test"
+    """split for the final table"""
+
+    # algorithm
+    num_epochs: int = 2
+    """passes over the train split; 1 in the paper, whose models are pretrained"""
+    batch_size: int = 16
+    """pairs per optimizer step"""
+    micro_batch_size: int = 64
+    """pairs per forward and backward pass; lower it to save memory, results agree to rounding"""
+    learning_rate: float = 1e-3
+    """initial AdamW step size (eta), decays linearly to 0; 3e-6 in the paper, whose models are pretrained"""
+    center_coef: float = 0.05
+    """weight of the squared sum of a pair's scores, which pulls every prompt's mean score to 0; 0 in the paper"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    prompt_length: int = 128
+    """most prompt tokens; longer prompts are cut from the left"""
+    response_length: int = 40
+    """most response tokens, EOS included; longer than the policies' so that rambling pairs are seen whole"""
+
+
+# data
+def fail(message):
+    """Bad input: one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def load(auto_class, path, **kwargs):
+    """`from_pretrained` of a folder or hub name; what is missing or broken there becomes one line."""
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        fail(f"cannot load {path}: {str(error).splitlines()[0]}")
+
+
+def build_missing(path, default, script):
+    """Runs `script` in its own process if the default checkpoint that it writes is not there yet."""
+    if path == default and not os.path.isdir(path):
+        print(f"{path} does not exist yet: running {script} first", flush=True)
+        if subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), script)]).returncode != 0:
+            fail(f"{script} did not finish")
+
+
+def load_rows(dataset, split, columns):
+    """One split of a dataset as a list of dicts; every row must have text in each of `columns`."""
+    local = os.path.exists(dataset)  # note: streamed, because the cache of `datasets` misses edits of local files
+    source = ("json", None, None, {split: dataset}) if os.path.isfile(dataset) else (dataset,)
+    try:
+        rows = list(datasets.load_dataset(*source, split=split, streaming=local))
+    except Exception as error:  # datasets raises many kinds; the first line says what went wrong
+        fail(f"--dataset {dataset}, split {split!r}: {str(error).splitlines()[0]}")
+    for column in columns:
+        if not rows or column not in rows[0]:
+            fail(
+                f"--dataset {dataset}, split {split!r}: no column {column!r} in {list(rows[0]) if rows else 'no rows'}"
+            )
+        for number, row in enumerate(rows):
+            if not isinstance(row[column], str) or not row[column].strip():
+                fail(f"--dataset {dataset}, split {split!r}, row {number}, column {column!r}: empty or not text")
+    return rows
+
+
+def encode(tokenizer, texts, kind, max_length):
+    """Token ids of each text. Prompts are cut from the left, responses get EOS and are cut from the right."""
+    ids = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"]
+    if kind == "responses":
+        ids = [row + [tokenizer.eos_token_id] for row in ids]
+    cut = sum(len(row) > max_length for row in ids)
+    if cut:
+        print(f"note: {cut} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
+    return [row[-max_length:] if kind == "prompts" else row[:max_length] for row in ids]
+
+
+def pad(rows, side, device):
+    """Lists of token ids -> ids (B, L) long with 0 where padded, mask (B, L) bool."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side)
+    mask = pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True, padding_side=side)
+    return ids.to(device), mask.bool().to(device)
+
+
+FUNCTION_WORDS = frozenset(
+    "a about and at because but feel felt i in is it my now of on should so that the them this to was with".split()
+)
+
+
+def rubric_score(summary, facts):
+    """Quality of `summary` (text) against `facts` (the key phrases of the post), in [-1, 1]; data/tldr_mini/README.md.
+
+    +1 for each fact stated word for word, -1/2 for each repetition of a fact and for each content word that belongs
+    to no stated fact, all over the number of facts; -0.05 for each word past the length of all facts plus six.
+    """
+    words = re.findall(r"[a-z']+", summary.lower())
+    text, stated, repeated = f" {' '.join(words)} ", 0, 0
+    for fact in facts:
+        count = text.count(f" {fact} ")
+        stated, repeated = stated + (count > 0), repeated + max(0, count - 1)
+        text = text.replace(f" {fact} ", " | ")
+    unsupported = sum(word != "|" and word not in FUNCTION_WORDS for word in text.split())
+    excess = max(0, len(words) - sum(len(fact.split()) for fact in facts) - 6)
+    return max(-1.0, (stated - 0.5 * repeated - 0.5 * unsupported) / len(facts) - 0.05 * excess)
+
+
+# scores
+def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask):
+    """Hidden states (B, R + 1, d): column t has read the prompt and t response tokens. The only place that shifts."""
+    input_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, P + R)
+    mask = torch.cat([prompt_mask, response_mask], dim=1)  # (B, P + R)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    hidden = model.base_model(input_ids=input_ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    return hidden[:, prompt_ids.shape[1] - 1 :]
+
+
+def sequence_scores(reward_model, prompt_ids, prompt_mask, response_ids, response_mask):
+    """Scores (B,), read at the last real token (N+ detail 12), centred so that references average 0 (N+ detail 15)."""
+    states = response_states(reward_model, prompt_ids, prompt_mask, response_ids, response_mask)
+    last = states[torch.arange(len(states)), response_mask.sum(1)]  # (B, d)
+    return reward_model.score(last).squeeze(-1).float() - getattr(reward_model.config, "score_mean", 0.0)
+
+
+@torch.no_grad()
+def in_chunks(function, model, size, *tensors, **kwargs):
+    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time."""
+    return torch.cat([function(model, *part, **kwargs) for part in zip(*(tensor.split(size) for tensor in tensors))])
+
+
+def preference_loss(chosen_scores, rejected_scores):
+    """Bradley-Terry negative log-likelihood per pair (B,) (DR-PO Eq. 1)."""
+    return -F.logsigmoid(chosen_scores - rejected_scores)
+
+
+# files
+def log_metrics(run_dir, writer, metrics):
+    """One line of metrics.jsonl; the same numbers to TensorBoard where it is installed."""
+    with open(os.path.join(run_dir, "metrics.jsonl"), "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    for name, value in metrics.items() if writer else ():
+        writer.add_scalar(name, value, metrics["update"])
+
+
+def save_folder(path, *parts):
+    """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2, .."""
+    path = os.path.normpath(path)
+    for part in parts:
+        part.save_pretrained(f"{path}.tmp")
+    if os.path.exists(path):
+        number = next(n for n in range(1, 10**6) if not os.path.exists(f"{path}.{n}"))
+        print(f"keeping the earlier {path} as {path}.{number}")
+        os.rename(path, f"{path}.{number}")
+    os.rename(f"{path}.tmp", path)
+
+
+if __name__ == "__main__":
+    # arguments
+    args = tyro.cli(Args)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    run_name = args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
+    run_dir = os.path.join("runs", run_name)
+    if os.path.exists(run_dir):
+        fail(f"--run-name {run_name}: {run_dir} already exists, choose another name")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    DATA = 1  # a draw is fixed by (seed, this, epoch), nothing else
+
+    # data and model
+    build_missing(args.sft_path, Args.sft_path, "sft.py")
+    size, tokenizer = args.micro_batch_size, load(AutoTokenizer, args.sft_path)
+    if tokenizer.pad_token is None:
+        fail(f"the tokenizer at {args.sft_path} has no pad token: set tokenizer.pad_token and save it again")
+    splits = {}
+    for split in ("train", args.eval_split):
+        rows = load_rows(args.dataset, split, ("prompt", "chosen", "rejected"))
+        splits[split] = [{"rubric": row.get("rubric")} for row in rows]
+        prompts = encode(tokenizer, [row["prompt"] for row in rows], "prompts", args.prompt_length)
+        for name in ("chosen", "rejected"):
+            ids = encode(tokenizer, [row[name] for row in rows], "responses", args.response_length)
+            for kept, row, prompt_ids, response_ids in zip(splits[split], rows, prompts, ids):
+                kept |= {name: row[name], "prompt_ids": prompt_ids, f"{name}_ids": response_ids}
+    references = load_rows(args.reference_dataset, "train", ("prompt", "completion"))[:1000]
+    reference_prompts = encode(tokenizer, [row["prompt"] for row in references], "prompts", args.prompt_length)
+    reference_ids = encode(tokenizer, [row["completion"] for row in references], "responses", args.response_length)
+    model = load(AutoModelForSequenceClassification, args.sft_path, dtype=torch.float32, num_labels=1).to(device)
+    model.config.pad_token_id = tokenizer.pad_token_id  # where AutoModelForSequenceClassification looks for the end
+    torch.manual_seed(args.seed)
+    torch.nn.init.normal_(model.score.weight, std=1 / np.sqrt(model.score.in_features + 1))  # N+ detail 11
+    model.eval()  # note: no dropout, here as in the RL scripts
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
+    train = splits["train"]
+    num_updates = args.num_epochs * len(train) // args.batch_size
+    if num_updates < 1:
+        fail(f"--num-epochs {args.num_epochs} of {len(train)} rows do not fill --batch-size {args.batch_size}")
+    epochs = range(args.num_epochs)  # each a new shuffle of the train split
+    order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
+
+    # log
+    os.makedirs(run_dir)
+    with open(os.path.join(run_dir, "args.json"), "w") as file:
+        json.dump(vars(args), file, indent=2)
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        SummaryWriter = None
+    writer = SummaryWriter and SummaryWriter(run_dir)
+
+    def tensors_of(rows):
+        """prompt ids, mask, chosen ids, mask, rejected ids, mask of some rows, padded to the longest."""
+        sides = {"prompt_ids": "left", "chosen_ids": "right", "rejected_ids": "right"}
+        return [tensor for key, side in sides.items() for tensor in pad([row[key] for row in rows], side, device)]
+
+    progress = tqdm(range(1, num_updates + 1), unit="update")
+    for update in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * (1 - (update - 1) / num_updates)
+
+        # 1 loss on a batch of pairs
+        rows = [train[i] for i in order[(update - 1) * args.batch_size : update * args.batch_size]]
+        loss = correct = 0.0
+        for part in zip(*(tensor.split(size) for tensor in tensors_of(rows))):
+            chosen_scores = sequence_scores(model, *part[:4])
+            rejected_scores = sequence_scores(model, *part[:2], *part[4:])
+            losses = preference_loss(chosen_scores, rejected_scores)
+            # differs from paper: pairs leave each prompt's mean score free, as noise for PPO; this pulls it to 0
+            losses = losses + args.center_coef * (chosen_scores + rejected_scores) ** 2
+            part_loss = losses.sum() / len(rows)
+            part_loss.backward()
+            loss += part_loss.item()
+            correct += (chosen_scores > rejected_scores).float().sum().item()
+
+        # 2 step
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # 3 log
+        metrics = {"update": update, "epoch": update * args.batch_size / len(train), "loss": loss}
+        metrics |= {"accuracy": correct / len(rows), "grad_norm": grad_norm, "learning_rate": group["lr"]}
+        progress.set_postfix(loss=loss, accuracy=metrics["accuracy"])
+        log_metrics(run_dir, writer, metrics)
+
+    # 4 centre the scores so that the references average 0 (N+ detail 15)
+    # differs from official code (rm.py:587): read at the real EOS, not at a padding position
+    batch = (*pad(reference_prompts, "left", device), *pad(reference_ids, "right", device))
+    reference_scores = in_chunks(sequence_scores, model, size, *batch)
+    model.config.score_mean = reference_scores.mean().item()
+    save_folder(args.output_dir, model, tokenizer)
+
+    # 5 accuracy on held-out pairs, by rubric margin, next to the best that these noisy labels allow
+    rows, batch = splits[args.eval_split], tensors_of(splits[args.eval_split])
+    chosen_scores = in_chunks(sequence_scores, model, size, *batch[:4])
+    rejected_scores = in_chunks(sequence_scores, model, size, *batch[:2], *batch[4:])
+    correct = (chosen_scores > rejected_scores).float().cpu().numpy()
+    result = {"all": {"pairs": len(rows), "accuracy": float(correct.mean())}}
+    if rows[0]["rubric"] is not None:
+        margin = np.array(
+            [rubric_score(row["chosen"], row["rubric"]) - rubric_score(row["rejected"], row["rubric"]) for row in rows]
+        )
+        best = 0.5 + 0.5 * np.sign(margin)  # who ranks by the rubric itself
+        for low, high in ((0, 9), (0, 0.1), (0.1, 0.3), (0.3, 0.6), (0.6, 9)):
+            inside = (np.abs(margin) >= low) & (np.abs(margin) < high)
+            name = (
+                "all"
+                if high - low == 9
+                else f"rubric margin {low} to {high}"
+                if high < 9
+                else f"rubric margin {low} up"
+            )
+            means = {"accuracy": float(correct[inside].mean()), "best": float(best[inside].mean())}
+            result[name] = {"pairs": int(inside.sum())} | means
+    with open(os.path.join(run_dir, "result.json"), "w") as file:
+        json.dump(result, file, indent=2)
+    print(f"\n{args.eval_split} pairs".ljust(26) + "".join(f"{name:>10}" for name in result["all"]))
+    for name, row in result.items():
+        print(f"{name:25}" + "".join(f"{x:10.3f}" if isinstance(x, float) else f"{x:10}" for x in row.values()))
+    print(f"\nreference scores: mean 0 (shifted by {model.config.score_mean:.3f}), std {reference_scores.std():.3f}")
+    print(f"reward model: {args.output_dir}   metrics, arguments: {run_dir}")

@@ -1,0 +1,329 @@
+"""Supervised fine-tuning (SFT): the policy that ppo.py, drpo.py and dpo.py start from and stay near.
+
+Next-token loss on the dataset's responses. A base model folder without weights (data/tiny_pythia) is initialised from
+its config; with the prompt tokens in the loss, as in the official code, that run doubles as its pretraining.
+
+    python sft.py                                          # embedded task, about a minute and a half on two cores
+    python sft.py --base-model EleutherAI/pythia-1b-deduped --dataset trl-lib/tldr --learning-rate 3e-6 --num-epochs 1
+
+N+ = arXiv:2403.17031. "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr. What differs from it:
+ 1. responses are padded by mask and end in a real EOS target; nothing is learned on padding.
+ 2. linear learning-rate decay (the paper's; the official code decays by a cosine), full fine-tuning instead of LoRA.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+import transformers
+import tyro
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+
+@dataclass
+class Args:
+    seed: int = 1
+    """seed of every random draw: data order, sampling, initial weights"""
+    dataset: str = "data/tldr_mini/reference"
+    """hub name, folder or .jsonl file with `prompt` and `completion` (and `rubric`, if quality can be computed)"""
+    base_model: str = "data/tiny_pythia"
+    """folder or hub name of the model to start from; a folder without weights is initialised from its config"""
+    output_dir: str = "models/sft"
+    """folder for the final model; a folder already there is kept under a numbered name"""
+    run_name: str = ""
+    """folder under runs/ for metrics.jsonl, args.json and the picture; empty: script, seed and time"""
+
+    # algorithm
+    num_epochs: int = 6
+    """passes over the train split; 1 in the paper, whose models are pretrained"""
+    batch_size: int = 16
+    """rows per optimizer step"""
+    micro_batch_size: int = 64
+    """rows per forward and backward pass; lower it to save memory, results agree to rounding"""
+    learning_rate: float = 4e-3
+    """initial AdamW step size (eta), decays linearly to 0; 3e-6 in the paper, whose models are pretrained"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    train_on_prompt: bool = True
+    """also learn to predict the prompt (as the official code does), not the response alone"""
+    temperature: float = 1.0
+    """sampling temperature of the samples shown at the end"""
+    prompt_length: int = 128
+    """most prompt tokens; longer prompts are cut from the left"""
+    response_length: int = 32
+    """most response tokens, EOS included"""
+
+
+# data
+def fail(message):
+    """Bad input: one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def load(auto_class, path, **kwargs):
+    """`from_pretrained` of a folder or hub name; what is missing or broken there becomes one line."""
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        fail(f"cannot load {path}: {str(error).splitlines()[0]}")
+
+
+def load_rows(dataset, split, columns):
+    """One split of a dataset as a list of dicts; every row must have text in each of `columns`."""
+    local = os.path.exists(dataset)  # note: streamed, because the cache of `datasets` misses edits of local files
+    source = ("json", None, None, {split: dataset}) if os.path.isfile(dataset) else (dataset,)
+    try:
+        rows = list(datasets.load_dataset(*source, split=split, streaming=local))
+    except Exception as error:  # datasets raises many kinds; the first line says what went wrong
+        fail(f"--dataset {dataset}, split {split!r}: {str(error).splitlines()[0]}")
+    for column in columns:
+        if not rows or column not in rows[0]:
+            fail(
+                f"--dataset {dataset}, split {split!r}: no column {column!r} in {list(rows[0]) if rows else 'no rows'}"
+            )
+        for number, row in enumerate(rows):
+            if not isinstance(row[column], str) or not row[column].strip():
+                fail(f"--dataset {dataset}, split {split!r}, row {number}, column {column!r}: empty or not text")
+    return rows
+
+
+def encode(tokenizer, texts, kind, max_length):
+    """Token ids of each text. Prompts are cut from the left, responses get EOS and are cut from the right."""
+    ids = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"]
+    if kind == "responses":
+        ids = [row + [tokenizer.eos_token_id] for row in ids]
+    cut = sum(len(row) > max_length for row in ids)
+    if cut:
+        print(f"note: {cut} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
+    return [row[-max_length:] if kind == "prompts" else row[:max_length] for row in ids]
+
+
+def pad(rows, side, device):
+    """Lists of token ids -> ids (B, L) long with 0 where padded, mask (B, L) bool."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side)
+    mask = pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True, padding_side=side)
+    return ids.to(device), mask.bool().to(device)
+
+
+FUNCTION_WORDS = frozenset(
+    "a about and at because but feel felt i in is it my now of on should so that the them this to was with".split()
+)
+
+
+def rubric_score(summary, facts):
+    """Quality of `summary` (text) against `facts` (the key phrases of the post), in [-1, 1]; data/tldr_mini/README.md.
+
+    +1 for each fact stated word for word, -1/2 for each repetition of a fact and for each content word that belongs
+    to no stated fact, all over the number of facts; -0.05 for each word past the length of all facts plus six.
+    """
+    words = re.findall(r"[a-z']+", summary.lower())
+    text, stated, repeated = f" {' '.join(words)} ", 0, 0
+    for fact in facts:
+        count = text.count(f" {fact} ")
+        stated, repeated = stated + (count > 0), repeated + max(0, count - 1)
+        text = text.replace(f" {fact} ", " | ")
+    unsupported = sum(word != "|" and word not in FUNCTION_WORDS for word in text.split())
+    excess = max(0, len(words) - sum(len(fact.split()) for fact in facts) - 6)
+    return max(-1.0, (stated - 0.5 * repeated - 0.5 * unsupported) / len(facts) - 0.05 * excess)
+
+
+# log-probs
+def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask):
+    """Hidden states (B, R + 1, d): column t has read the prompt and t response tokens. The only place that shifts."""
+    input_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, P + R)
+    mask = torch.cat([prompt_mask, response_mask], dim=1)  # (B, P + R)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    hidden = model.base_model(input_ids=input_ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    return hidden[:, prompt_ids.shape[1] - 1 :]
+
+
+def token_logprobs(model, prompt_ids, prompt_mask, response_ids, response_mask, action_mask, temperature):
+    """Log-probs (B, R) of the response tokens where action_mask is True, 0 elsewhere.
+
+    The output head runs there only. note: logits that a model rescales after its head need that added here and below.
+    """
+    states = response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)[:, :-1]
+    logits = model.get_output_embeddings()(states[action_mask]).float() / temperature  # (actions, V)
+    picked = logits.gather(-1, response_ids[action_mask].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    return torch.zeros_like(action_mask, dtype=picked.dtype).masked_scatter(action_mask, picked)
+
+
+@torch.no_grad()
+def in_chunks(function, model, size, *tensors, **kwargs):
+    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time."""
+    return torch.cat([function(model, *part, **kwargs) for part in zip(*(tensor.split(size) for tensor in tensors))])
+
+
+# rollout
+def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temperature):
+    """Continues every row of a left-padded context (B, C) until EOS or its own budget num_tokens (B,).
+
+    -> generated_ids (B, R), 0 after the end. Token t is the inverse CDF at uniforms[row, t], so a row's tokens do not
+    depend on the rows beside it. The context is one forward pass; finished rows leave the batch and the cache.
+    """
+    generated_ids = torch.zeros_like(uniforms, dtype=torch.long)  # (B, R)
+    rows, cache = torch.arange(len(uniforms), device=uniforms.device), DynamicCache(config=model.config)
+    ids, mask, positions = context_ids, context_mask, (context_mask.cumsum(1) - 1).clamp(min=0)
+    for t in range(uniforms.shape[1]):
+        hidden = model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1]
+        cdf = (model.get_output_embeddings()(hidden).float() / temperature).softmax(-1).cumsum(-1)  # (rows, V)
+        tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
+        generated_ids[rows, t] = tokens
+        going = (tokens != eos) & (num_tokens[rows] > t + 1)
+        if not going.any():
+            break
+        if not going.all():
+            cache.batch_select_indices(going)
+        rows, ids, positions = rows[going], tokens[going, None], positions[going, -1:] + 1
+        mask = torch.cat([mask[going], torch.ones_like(ids, dtype=torch.bool)], dim=1)
+    return generated_ids
+
+
+def mask_to_eos(response_ids, eos):
+    """Response mask (B, R): True up to and including the first EOS."""
+    is_eos = (response_ids == eos).long()
+    return is_eos.cumsum(1) - is_eos == 0
+
+
+# measurement and files
+def log_metrics(run_dir, writer, metrics):
+    """One line of metrics.jsonl; the same numbers to TensorBoard where it is installed."""
+    with open(os.path.join(run_dir, "metrics.jsonl"), "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    for name, value in metrics.items() if writer else ():
+        writer.add_scalar(name, value, metrics["update"])
+
+
+def save_folder(path, *parts):
+    """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2, .."""
+    path = os.path.normpath(path)
+    for part in parts:
+        part.save_pretrained(f"{path}.tmp")
+    if os.path.exists(path):
+        number = next(n for n in range(1, 10**6) if not os.path.exists(f"{path}.{n}"))
+        print(f"keeping the earlier {path} as {path}.{number}")
+        os.rename(path, f"{path}.{number}")
+    os.rename(f"{path}.tmp", path)
+
+
+if __name__ == "__main__":
+    # arguments
+    args = tyro.cli(Args)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    run_name = args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
+    run_dir = os.path.join("runs", run_name)
+    if os.path.exists(run_dir):
+        fail(f"--run-name {run_name}: {run_dir} already exists, choose another name")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    DATA, SAMPLING = 1, 2  # a draw is fixed by (seed, one of these, epoch or update), nothing else
+
+    # data and model
+    size, tokenizer = args.micro_batch_size, load(AutoTokenizer, args.base_model)
+    eos = tokenizer.eos_token_id
+    if tokenizer.pad_token is None:
+        fail(f"the tokenizer at {args.base_model} has no pad token: set tokenizer.pad_token and save it again")
+    splits = {}
+    for split in ("train", "validation"):
+        rows = load_rows(args.dataset, split, ("prompt", "completion"))
+        prompts = encode(tokenizer, [row["prompt"] for row in rows], "prompts", args.prompt_length)
+        responses = encode(tokenizer, [row["completion"] for row in rows], "responses", args.response_length)
+        splits[split] = [row | {"prompt_ids": p, "response_ids": r} for row, p, r in zip(rows, prompts, responses)]
+    has_weights = not os.path.isdir(args.base_model) or any(
+        name.endswith((".safetensors", ".safetensors.index.json")) for name in os.listdir(args.base_model)
+    )
+    if has_weights:
+        policy = load(AutoModelForCausalLM, args.base_model, dtype=torch.float32).to(device)
+    else:
+        print(f"{args.base_model} holds no weights: initialising at random from its config")
+        torch.manual_seed(args.seed)
+        policy = AutoModelForCausalLM.from_config(load(AutoConfig, args.base_model), dtype=torch.float32).to(device)
+    policy.eval()  # note: no dropout, here as in the RL scripts
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0
+    )
+    train = splits["train"]
+    num_updates = args.num_epochs * len(train) // args.batch_size
+    if num_updates < 1:
+        fail(f"--num-epochs {args.num_epochs} of {len(train)} rows do not fill --batch-size {args.batch_size}")
+    epochs = range(args.num_epochs)  # each a new shuffle of the train split
+    order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
+
+    # log
+    os.makedirs(run_dir)
+    with open(os.path.join(run_dir, "args.json"), "w") as file:
+        json.dump(vars(args), file, indent=2)
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        SummaryWriter = None
+    writer = SummaryWriter and SummaryWriter(run_dir)
+
+    def tensors_of(rows, train_on_prompt):
+        """prompt ids, mask (B, P) and target ids, mask (B, R) of some rows, padded to the longest."""
+        pairs = [(row["prompt_ids"], row["response_ids"]) for row in rows]
+        if train_on_prompt:  # everything after the first token becomes the response
+            pairs = [(prompt[:1], prompt[1:] + response) for prompt, response in pairs]
+        prompts, responses = zip(*pairs)
+        return (*pad(prompts, "left", device), *pad(responses, "right", device))
+
+    progress = tqdm(range(1, num_updates + 1), unit="update")
+    for update in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * (1 - (update - 1) / num_updates)
+
+        # 1 next-token loss on a batch
+        rows = [train[i] for i in order[(update - 1) * args.batch_size : update * args.batch_size]]
+        batch = tensors_of(rows, args.train_on_prompt)
+        num_tokens, loss = batch[-1].sum(), 0.0
+        for part in zip(*(tensor.split(size) for tensor in batch)):
+            part_loss = -token_logprobs(policy, *part, part[-1], temperature=1.0).sum() / num_tokens
+            part_loss.backward()
+            loss += part_loss.item()
+
+        # 2 step
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # 3 log; once an epoch the loss per response token on the validation split
+        metrics = {"update": update, "epoch": update * args.batch_size / len(train), "loss": loss}
+        metrics |= {"policy/grad_norm": grad_norm, "learning_rate": group["lr"]}
+        if update == num_updates or update % (len(train) // args.batch_size) == 0:
+            batch = tensors_of(splits["validation"], False)
+            logprobs = in_chunks(token_logprobs, policy, size, *batch, batch[-1], temperature=1.0)
+            metrics["eval/loss"] = (-logprobs.sum() / batch[-1].sum()).item()
+            progress.set_postfix(loss=loss, validation=metrics["eval/loss"])
+        log_metrics(run_dir, writer, metrics)
+
+    # 4 save, show samples
+    save_folder(args.output_dir, policy, tokenizer)
+    rows = splits["validation"]
+    prompts = pad([row["prompt_ids"] for row in rows], "left", device)  # ids (B, P), mask (B, P)
+    rng = np.random.default_rng([args.seed, SAMPLING])
+    uniforms = torch.from_numpy(rng.random((len(rows), args.response_length), dtype=np.float32)).to(device)
+    budget = torch.full((len(rows),), args.response_length, device=device)
+    sampled = in_chunks(generate, policy, size, *prompts, uniforms, budget, eos=eos, temperature=args.temperature)
+    masks = mask_to_eos(sampled, eos)
+    texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(sampled, masks)]
+    for row, text in list(zip(rows, texts))[:3]:
+        print(f"\n{row['prompt']}\n  reference:{row['completion']}\n  SFT:      {text}")
+    print(f"\nvalidation loss {metrics['eval/loss']:.3f} nats per token", end="")
+    print(f", ended with EOS {(sampled == eos).any(1).float().mean():.3f}", end="")
+    if "rubric" in rows[0]:
+        quality = [rubric_score(text, row["rubric"]) for text, row in zip(texts, rows)]
+        target = [rubric_score(row["completion"], row["rubric"]) for row in rows]
+        print(f", rubric {np.mean(quality):.3f} (reference {np.mean(target):.3f})", end="")
+    print(f"\npolicy: {args.output_dir}   metrics, arguments: {run_dir}")

@@ -1,0 +1,97 @@
+"""What the tests share: the environment, two random models, and a small chain of real runs (SFT, then reward model)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+# before torch is imported; one thread on the CPU, because exact equality of two runs is asked for
+os.environ |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def run_script(name, *flags, cwd, check=True):
+    """A script of the repository in its own process; -> CompletedProcess with .stdout and .stderr as text."""
+    command = [sys.executable, str(ROOT / name), *(str(flag) for flag in flags)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert not check or done.returncode == 0, f"{name} {flags} ended with {done.returncode}:\n{done.stderr[-3000:]}"
+    return done
+
+
+def read_metrics(run_dir):
+    """metrics.jsonl as a list of dicts, without the keys that hold times."""
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [{key: x for key, x in json.loads(line).items() if not key.startswith("time/")} for line in lines]
+
+
+def read_rows(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_dataset(folder, task, sizes=(8, 8, 8), edit=lambda rows: rows):
+    """A folder with the first rows of each split of an embedded dataset, passed through `edit`."""
+    folder.mkdir(parents=True)
+    for split, size in zip(("train", "validation", "test"), sizes):
+        rows = edit(read_rows(ROOT / "data/tldr_mini" / task / f"{split}.jsonl")[:size])
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Small datasets, and an SFT and a reward model that the real scripts trained on them for a few steps."""
+    folder = tmp_path_factory.mktemp("models")
+    reference = write_dataset(folder / "reference", "reference", (256, 32, 32))
+    preference = write_dataset(folder / "preference", "preference", (256, 32, 32))
+    sft, reward = folder / "sft", folder / "reward"
+    steps = ("--num-epochs", 2, "--batch-size", 16)
+    sft_run = run_script(
+        *("sft.py", "--dataset", reference, "--base-model", ROOT / "data/tiny_pythia", "--output-dir", sft),
+        *("--run-name", "sft", *steps),
+        cwd=folder,
+    )
+    reward_run = run_script(
+        *("reward_model.py", "--dataset", preference, "--reference-dataset", reference, "--sft-path", sft),
+        *("--output-dir", reward, "--run-name", "reward", *steps),
+        cwd=folder,
+    )
+    flags = ("--dataset", reference, "--sft-path", sft, "--reward-path", reward)  # what an RL script needs
+    return SimpleNamespace(
+        folder=folder,
+        reference=reference,
+        preference=preference,
+        sft=sft,
+        reward=reward,
+        flags=flags,
+        sft_run=sft_run,
+        reward_run=reward_run,
+    )
+
+
+def random_model(auto_class, seed, **settings):
+    """Random weights under the tiny config, in float64: a batch and a single row then agree far below float32."""
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(ROOT / "data/tiny_pythia")
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return auto_class.from_config(config).double().eval()
+
+
+@pytest.fixture
+def policy():
+    return random_model(AutoModelForCausalLM, 0)
+
+
+@pytest.fixture
+def critic():
+    return random_model(AutoModelForSequenceClassification, 1, num_labels=1, score_mean=0.7)

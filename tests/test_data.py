@@ -1,0 +1,112 @@
+"""The embedded task: the committed files are what the generators write, and the rubric measures what it says."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, read_rows
+from transformers import AutoTokenizer
+
+from ppo import rubric_score
+
+TASK, BASE = ROOT / "data/tldr_mini", ROOT / "data/tiny_pythia"
+FILES = sorted(str(path.relative_to(TASK)) for path in TASK.glob("*/*.jsonl"))
+FACTS = ["my sister", "broke my bike", "in march", "i feel sad"]
+FULL = " ".join(FACTS)
+
+
+@pytest.fixture(scope="module")
+def generate():
+    spec = importlib.util.spec_from_file_location("generate", TASK / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# files
+def test_the_dataset_can_be_regenerated(tmp_path):
+    subprocess.run([sys.executable, str(TASK / "generate.py"), "--out", str(tmp_path)], check=True, capture_output=True)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")) == FILES
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (TASK / name).read_bytes(), name
+
+
+def test_the_base_model_can_be_rebuilt(tmp_path):
+    subprocess.run([sys.executable, str(BASE / "build.py"), "--out", str(tmp_path)], check=True, capture_output=True)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (BASE / "tokenizer.json").read_bytes()
+    built, committed = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, BASE))
+    assert built | {"transformers_version": ""} == committed | {"transformers_version": ""}
+
+
+def test_the_dataset_is_small():
+    assert sum((TASK / name).stat().st_size for name in FILES) <= 5e6
+
+
+def test_padding_is_not_the_end():
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    config = json.loads((BASE / "config.json").read_text())
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert (config["pad_token_id"], config["eos_token_id"]) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert len(tokenizer) <= config["vocab_size"]
+
+
+@pytest.mark.parametrize("task", ["reference", "preference"])
+def test_splits_share_no_row(task):
+    splits = {name: set((TASK / name).read_text().splitlines()) for name in FILES if name.startswith(task)}
+    assert len(splits) > 2
+    assert len(set.union(*splits.values())) == sum(len(rows) for rows in splits.values())
+
+
+# rubric
+def test_the_rubric_of_all_and_of_nothing():
+    assert rubric_score(FULL, FACTS) == 1.0
+    assert rubric_score("", FACTS) == 0.0
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [
+        "my sister broke my bike i feel sad",  # a fact is missing
+        f"{FULL} in march",  # said twice
+        f"{FULL} yesterday",  # not in the post
+        "my sister broke my car in march i feel sad",  # wrong thing
+        FULL + " and" * 7,  # longer than needed, with words that state nothing
+    ],
+)
+def test_each_fault_lowers_the_rubric(worse):
+    assert rubric_score(worse, FACTS) < 1.0
+
+
+def test_a_few_function_words_are_free():
+    assert rubric_score("now i feel sad because my sister broke my bike in march", FACTS) == 1.0
+
+
+def test_listing_every_value_does_not_pay(generate):
+    phrases = [f"my {who}" for who in generate.PERSONS]
+    phrases += [f"{verb} my {thing}" for verb in generate.VERBS for thing in generate.OBJECTS]
+    phrases += [f"in {when}" for when in generate.TIMES] + [f"i feel {feel}" for feel in generate.FEELINGS]
+    assert set(FACTS) <= set(phrases)  # it does state every fact
+    assert rubric_score(" ".join(phrases), FACTS) < 0
+
+
+def test_the_rubric_orders_summaries():
+    rows = read_rows(TASK / "reference/test.jsonl")
+    best = np.mean([rubric_score(" ".join(row["rubric"]), row["rubric"]) for row in rows])
+    reference = np.mean([rubric_score(row["completion"], row["rubric"]) for row in rows])
+    others = [*rows[1:], rows[0]]
+    random = np.mean([rubric_score(other["completion"], row["rubric"]) for row, other in zip(rows, others)])
+    assert best == 1.0
+    assert best > reference > random
+
+
+def test_labels_follow_bradley_terry(generate):
+    rows = read_rows(TASK / "preference/train.jsonl")
+    margin = [rubric_score(row["chosen"], row["rubric"]) - rubric_score(row["rejected"], row["rubric"]) for row in rows]
+    margin = np.array([x for x in margin if x != 0])
+    expected = 1 / (1 + np.exp(-generate.LABEL_SHARPNESS * np.abs(margin)))  # P(the better one is chosen)
+    error = np.sqrt((expected * (1 - expected)).sum()) / len(margin)
+    assert abs((margin > 0).mean() - expected.mean()) < 3 * error
+    assert (margin < 0).any()  # there is noise in the labels

@@ -1,0 +1,147 @@
+"""Bad input: one line that names what is wrong, exit code 2, nothing written."""
+
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, read_rows, run_script, write_dataset
+from transformers import AutoTokenizer
+
+import ppo
+
+
+# what a case changes: a function of (models, folder) -> flags that override the good ones, text the error must hold
+def without(column):
+    return lambda rows: [{key: x for key, x in row.items() if key != column} for row in rows]
+
+
+def blank(column, number):
+    return lambda rows: [row | {column: "  "} if n == number else row for n, row in enumerate(rows)]
+
+
+def dataset(task, edit):
+    return lambda models, folder: ("--dataset", write_dataset(folder / "dataset", task, edit=edit))
+
+
+def empty_file(models, folder):
+    (folder / "empty.jsonl").touch()
+    return "--dataset", folder / "empty.jsonl"
+
+
+def empty_split(models, folder):
+    write_dataset(folder / "dataset", "reference")
+    (folder / "dataset" / "train.jsonl").write_text("")
+    return "--dataset", folder / "dataset"
+
+
+def no_pad_token(models, folder):
+    shutil.copytree(models.sft, folder / "no_pad")
+    file = folder / "no_pad" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["pad_token"]
+    file.write_text(json.dumps(config))
+    return "--sft-path", folder / "no_pad"
+
+
+def other_vocabulary(models, folder):
+    shutil.copytree(models.reward, folder / "other_reward")
+    tokenizer = AutoTokenizer.from_pretrained(models.reward)
+    tokenizer.add_tokens(["unheardof"])
+    tokenizer.save_pretrained(folder / "other_reward")
+    return "--reward-path", folder / "other_reward"
+
+
+def flags(*values):
+    return lambda models, folder: values
+
+
+CASES = {
+    "ppo: column missing": ("ppo.py", dataset("reference", without("completion")), "'completion'"),
+    "ppo: response blank": ("ppo.py", dataset("reference", blank("completion", 3)), "row 3, column 'completion'"),
+    "ppo: file empty": ("ppo.py", empty_file, "empty.jsonl"),
+    "ppo: split empty": ("ppo.py", empty_split, "'train'"),
+    "ppo: dataset missing": ("ppo.py", flags("--dataset", "no/such"), "no/such"),
+    "ppo: split missing": ("ppo.py", flags("--eval-split", "nowhere"), "'nowhere'"),
+    "ppo: SFT missing": ("ppo.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
+    "ppo: reward model missing": ("ppo.py", flags("--reward-path", "/no/such/reward"), "/no/such/reward"),
+    "ppo: no pad token": ("ppo.py", no_pad_token, "no pad token"),
+    "ppo: other vocabulary": ("ppo.py", other_vocabulary, "other_reward has another vocabulary"),
+    "ppo: too few episodes": ("ppo.py", flags("--total-episodes", 63, "--batch-size", 64), "--total-episodes"),
+    "ppo: odd minibatch": ("ppo.py", flags("--batch-size", 8, "--minibatch-size", 3), "--minibatch-size"),
+    "drpo: beta high": ("drpo.py", flags("--beta", 1.5), "--beta 1.5"),
+    "drpo: beta negative": ("drpo.py", flags("--beta", -0.1), "--beta -0.1"),
+    "drpo: reset column missing": ("drpo.py", flags("--reset-column", "draft"), "'draft'"),
+    "drpo: SFT missing": ("drpo.py", flags("--sft-path", "no/such/sft"), "no/such/sft"),
+    "sft: column missing": ("sft.py", dataset("reference", without("prompt")), "'prompt'"),
+    "sft: response blank": ("sft.py", dataset("reference", blank("completion", 0)), "row 0, column 'completion'"),
+    "sft: base model missing": ("sft.py", flags("--base-model", "/no/such/base"), "/no/such/base"),
+    "sft: batch too large": ("sft.py", flags("--num-epochs", 1, "--batch-size", 1000), "--batch-size 1000"),
+    "reward: column missing": ("reward_model.py", dataset("preference", without("rejected")), "'rejected'"),
+    "reward: response blank": ("reward_model.py", dataset("preference", blank("chosen", 2)), "row 2, column 'chosen'"),
+    "reward: SFT missing": ("reward_model.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
+}
+
+
+def good_flags(script, models):
+    if script == "sft.py":
+        return "--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia"
+    if script == "reward_model.py":
+        return "--dataset", models.preference, "--reference-dataset", models.reference, "--sft-path", models.sft
+    return models.flags
+
+
+def assert_error(done, culprit):
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
+    assert culprit in line
+
+
+@pytest.mark.parametrize("script, change, culprit", CASES.values(), ids=CASES)
+def test_bad_input_is_one_line(script, change, culprit, models, tmp_path):
+    command = (*good_flags(script, models), *change(models, tmp_path))
+    before = sorted(tmp_path.iterdir())
+    assert_error(run_script(script, *command, cwd=tmp_path, check=False), culprit)
+    assert sorted(tmp_path.iterdir()) == before  # no runs/, no models/
+
+
+@pytest.mark.parametrize("script", ["ppo.py", "drpo.py", "sft.py", "reward_model.py"])
+def test_an_existing_run_is_not_touched(script, models, tmp_path):
+    file = tmp_path / "runs" / "taken" / "metrics.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("kept\n")
+    done = run_script(script, *good_flags(script, models), "--run-name", "taken", cwd=tmp_path, check=False)
+    assert_error(done, "taken")
+    assert [path.name for path in file.parent.iterdir()] == [file.name] and file.read_text() == "kept\n"
+
+
+def test_a_base_model_without_weights_is_said_so(models):
+    (line,) = (line for line in models.sft_run.stdout.splitlines() if "no weights" in line)
+    assert str(ROOT / "data/tiny_pythia") in line
+
+
+def test_long_prompts_are_cut_from_the_left(capsys):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia")
+    texts = [row["prompt"] for row in read_rows(ROOT / "data/tldr_mini/reference/test.jsonl")[:9]]
+    whole = ppo.encode(tokenizer, texts, "prompts", 1000)
+    assert capsys.readouterr().out == ""
+    limit = sorted(len(ids) for ids in whole)[4]
+    assert ppo.encode(tokenizer, texts, "prompts", limit) == [ids[-limit:] for ids in whole]
+    out = capsys.readouterr().out
+    assert out.startswith("note:") and f"{sum(len(ids) > limit for ids in whole)} of 9 prompts" in out
+
+
+def test_long_responses_lose_their_end(capsys):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia")
+    text = " my sister broke my bike"
+    whole = ppo.encode(tokenizer, [text], "responses", 1000)[0]
+    assert whole[-1] == tokenizer.eos_token_id and tokenizer.decode(whole[:-1]) == text
+    assert ppo.encode(tokenizer, [text], "responses", 3) == [whole[:3]]
+    assert "1 of 1 responses" in capsys.readouterr().out
+
+
+def test_a_batch_may_be_larger_than_the_train_split(models, tmp_path):
+    size = ("--batch-size", 300, "--micro-batch-size", 50, "--num-epochs", 3)  # two updates from three times 256 rows
+    done = run_script("sft.py", *good_flags("sft.py", models), *size, cwd=tmp_path, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 2)

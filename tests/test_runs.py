@@ -1,0 +1,144 @@
+"""Short real runs of ppo.py and drpo.py on the small chain: what they write, and that they agree where they must."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import read_metrics, run_script, write_dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import ppo
+
+UPDATES = 3
+SHORT = ("--total-episodes", 16 * UPDATES, "--batch-size", 16, "--minibatch-size", 16, "--eval-every", 2)
+SHORT += ("--eval-rows", 16, "--num-ppo-epochs", 2, "--response-length", 24, "--prompt-length", 128)
+
+
+@pytest.fixture(scope="module")
+def runs(models):
+    """Every run that the tests compare, made once."""
+
+    def run(script, name, *flags, output=None):
+        output = models.folder / (output or name)
+        command = (*models.flags, *SHORT, "--run-name", name, "--output-dir", output, *flags)
+        done = run_script(script, *command, cwd=models.folder)
+        run_dir = models.folder / "runs" / name
+        return SimpleNamespace(dir=run_dir, output=output, stdout=done.stdout, metrics=read_metrics(run_dir))
+
+    return SimpleNamespace(
+        ppo=run("ppo.py", "ppo", "--seed", 1),
+        beta_0=run("drpo.py", "beta_0", "--seed", 1, "--beta", 0),
+        drpo=run("drpo.py", "drpo", "--seed", 1, "--beta", 1),
+        again=run("drpo.py", "again", "--seed", 1, "--beta", 1, output="drpo"),
+        other_seed=run("drpo.py", "other_seed", "--seed", 2, "--beta", 1),
+        micro=run("drpo.py", "micro", "--seed", 1, "--beta", 1, "--micro-batch-size", 5),
+    )
+
+
+def all_runs(runs):
+    return vars(runs).values()
+
+
+def test_beta_0_is_ppo_number_for_number(runs):
+    assert len(runs.ppo.metrics) == UPDATES
+    for ours, theirs in zip(runs.beta_0.metrics, runs.ppo.metrics, strict=True):
+        assert {key: ours.get(key) for key in theirs} == theirs
+    assert runs.drpo.metrics[0]["objective/score"] != runs.ppo.metrics[0]["objective/score"]
+
+
+def test_the_seed_fixes_everything(runs):
+    assert runs.again.metrics == runs.drpo.metrics
+    assert runs.other_seed.metrics[0] != runs.drpo.metrics[0]
+
+
+def test_the_first_ratio_of_each_update_is_one(runs):
+    for run in all_runs(runs):
+        assert all(line["policy/first_ratio_error"] < 1e-5 for line in run.metrics)
+        assert all(line["policy/ratio_error"] > 1e-5 for line in run.metrics)  # later ones are not
+
+
+def test_micro_batches_change_only_the_rounding(runs):
+    first, micro = runs.drpo.metrics[0], runs.micro.metrics[0]
+    rounding = [key for key in first if key != "policy/first_ratio_error"]  # which is nothing but rounding
+    assert [micro[key] for key in rounding] == pytest.approx([first[key] for key in rounding], rel=1e-3, abs=1e-5)
+
+
+def test_resets_are_logged(runs):
+    assert [line["reset/fraction"] for line in runs.drpo.metrics] == [1.0] * UPDATES
+    assert all(line["reset/length"] >= 1 for line in runs.drpo.metrics)
+    assert [line["reset/length"] for line in runs.beta_0.metrics] == [0.0] * UPDATES
+
+
+def test_the_prefix_is_no_action_of_a_real_run(models, tmp_path):
+    # a nearly greedy policy is sure of its own tokens and finds the forced ones, never seen in training, all but
+    # impossible: were they counted, or the policy's tokens sampled from another context, the mean would be huge
+    dataset = write_dataset(
+        tmp_path / "drafts", "reference", (32, 8, 8), lambda rows: [row | {"draft": "~" * 8} for row in rows]
+    )
+    flags = (*models.flags, *SHORT, "--total-episodes", 16, "--temperature", 0.1, "--learning-rate", 0)
+    flags += ("--dataset", dataset, "--reset-column", "draft", "--beta", 1, "--run-name", "drafts")
+    done = run_script("drpo.py", *flags, cwd=tmp_path)
+    (line,) = read_metrics(tmp_path / "runs" / "drafts")
+    assert line["reset/fraction"] == 1 and 1 <= line["reset/length"] <= 8
+    assert line["policy/entropy"] < math.log(1024)
+    assert line["objective/kl"] == pytest.approx(0, abs=1e-4)  # the policy is still pi_SFT
+    assert "  from a reset: [~" in done.stdout
+
+
+def test_the_run_folder(runs):
+    for run in all_runs(runs):
+        assert [line["update"] for line in run.metrics] == list(range(1, UPDATES + 1))
+        evaluated = [line["update"] for line in run.metrics if "eval/score" in line]
+        assert evaluated == [2, UPDATES]  # every second update, and the last
+        saved = json.loads((run.dir / "args.json").read_text())
+        assert saved["batch_size"] == 16 and saved["run_name"] == run.dir.name
+        result = json.loads((run.dir / "result.json").read_text())
+        assert set(result) == {"SFT", "PPO" if run is runs.ppo else "DR-PO"}
+        for row in result.values():
+            assert 0 <= row["win_rate"] <= 1 and -1 <= row["rubric"] <= 1 and row["length"] >= 1
+        assert result["SFT"]["kl"] == 0.0
+
+
+def test_what_drpo_prints(runs):
+    lines = runs.drpo.stdout.splitlines()
+    result = json.loads((runs.drpo.dir / "result.json").read_text())
+    for name, row in result.items():
+        (cells,) = (line.split()[1:] for line in lines if line.startswith(name + " "))
+        assert [float(cell) for cell in cells] == pytest.approx(list(row.values()), abs=6e-4)
+    assert sum(line.startswith("  from a reset: [") for line in lines) == 3
+
+
+def test_the_policy_loads_and_has_learned(runs, models):
+    tokenizer = AutoTokenizer.from_pretrained(runs.drpo.output)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(models.sft).get_vocab()
+    trained, start = (AutoModelForCausalLM.from_pretrained(path) for path in (runs.drpo.output, models.sft))
+    changed = [not a.equal(b) for a, b in zip(trained.parameters(), start.parameters(), strict=True)]
+    assert any(changed)
+
+
+def test_an_earlier_result_is_kept(runs):
+    earlier = runs.drpo.output.with_name("drpo.1")
+    assert {file.name for file in earlier.iterdir()} == {file.name for file in runs.drpo.output.iterdir()}
+    assert str(earlier) in runs.again.stdout and str(earlier) not in runs.drpo.stdout
+    assert not list(runs.drpo.output.parent.glob("*.tmp"))
+
+
+@torch.no_grad()
+def test_the_reward_model_ranks_as_ppo_reads_it(models):
+    tokenizer = AutoTokenizer.from_pretrained(models.reward)
+    model = AutoModelForSequenceClassification.from_pretrained(models.reward).eval()
+    prompts, responses = [], []
+    for line in (models.preference / "test.jsonl").read_text().splitlines()[:8]:
+        row = json.loads(line)
+        prompts += [row["prompt"]] * 2
+        responses += [row["chosen"], row["rejected"]]
+    prompt_ids = ppo.encode(tokenizer, prompts, "prompts", 500)
+    response_ids = ppo.encode(tokenizer, responses, "responses", 500)
+    ours = ppo.sequence_scores(model, *ppo.pad(prompt_ids, "left", "cpu"), *ppo.pad(response_ids, "right", "cpu"))
+    rows = [prompt + response for prompt, response in zip(prompt_ids, response_ids)]
+    inputs = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    theirs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.squeeze(1)
+    assert (ours[::2] > ours[1::2]).equal(theirs[::2] > theirs[1::2])
+    assert (theirs - ours).tolist() == pytest.approx([model.config.score_mean] * 16, abs=1e-4)
