@@ -11,8 +11,7 @@ with PPO). "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr. What 
  1. tokens after EOS are masked everywhere: KL, rewards, values, whitening, losses, statistics.
  2. an EOS in the last column counts as finished.
  3. advantages are whitened, rewards are not; sampling stops at EOS instead of running to the full length.
- 4. the gradient norm is clipped, and all randomness comes from --seed.
- 5. full fine-tuning in float32 and one process: no LoRA, no DeepSpeed.
+ 4. the gradient norm is clipped; all randomness comes from --seed; full fine-tuning in one process, without LoRA.
 """
 
 import json
@@ -102,15 +101,18 @@ def load(auto_class, path, **kwargs):
     try:
         return auto_class.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
-        fail(f"cannot load {path}: {str(error).splitlines()[0]}")
+        fail(f"cannot load {path}: {(str(error) or repr(error)).splitlines()[0]}")
 
 
-def build_missing(path, default, script):
-    """Runs `script` in its own process if the default checkpoint that it writes is not there yet."""
-    if path == default and not os.path.isdir(path):
-        print(f"{path} does not exist yet: running {script} first", flush=True)
-        if subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), script)]).returncode != 0:
-            fail(f"{script} did not finish")
+def build_missing(*wanted):
+    """Checks every checkpoint (path, default path, script) that the user named, then trains the missing default ones."""
+    for path, default, script in sorted(wanted, key=lambda item: item[0] == item[1]):
+        if path != default:
+            load(AutoTokenizer, path)
+        elif not os.path.isdir(path):
+            print(f"{path} does not exist yet: running {script} on the embedded task first", flush=True)
+            if subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), script)]).returncode != 0:
+                fail(f"{script} did not finish")
 
 
 def load_rows(dataset, split, columns):
@@ -120,7 +122,7 @@ def load_rows(dataset, split, columns):
     try:
         rows = list(datasets.load_dataset(*source, split=split, streaming=local))
     except Exception as error:  # datasets raises many kinds; the first line says what went wrong
-        fail(f"--dataset {dataset}, split {split!r}: {str(error).splitlines()[0]}")
+        fail(f"--dataset {dataset}, split {split!r}: {(str(error) or repr(error)).splitlines()[0]}")
     for column in columns:
         if not rows or column not in rows[0]:
             fail(
@@ -365,18 +367,17 @@ if __name__ == "__main__":
     DATA, SAMPLING, MINIBATCHES = 1, 2, 3  # a draw is fixed by (seed, one of these, epoch or update), nothing else
 
     # data and models
-    build_missing(args.sft_path, Args.sft_path, "sft.py")
-    build_missing(args.reward_path, Args.reward_path, "reward_model.py")
+    parts = {"train": None, "validation": args.eval_rows, args.eval_split: None}  # split -> most rows
+    splits = {split: load_rows(args.dataset, split, ("prompt", "completion"))[:most] for split, most in parts.items()}
+    sft, reward = (args.sft_path, Args.sft_path, "sft.py"), (args.reward_path, Args.reward_path, "reward_model.py")
+    build_missing(sft, reward)
     size, temperature, tokenizer = args.micro_batch_size, args.temperature, load(AutoTokenizer, args.sft_path)
     eos = tokenizer.eos_token_id
     if tokenizer.pad_token is None:
         fail(f"the tokenizer at {args.sft_path} has no pad token: set tokenizer.pad_token and save it again")
     if load(AutoTokenizer, args.reward_path).get_vocab() != tokenizer.get_vocab():
         fail(f"--reward-path {args.reward_path} has another vocabulary than --sft-path {args.sft_path}")
-    splits = {}
-    for split in ("train", "validation", args.eval_split):
-        rows = load_rows(args.dataset, split, ("prompt", "completion"))
-        rows = rows[: args.eval_rows if split == "validation" else None]
+    for split, rows in splits.items():
         prompts = encode(tokenizer, [row["prompt"] for row in rows], "prompts", args.prompt_length)
         offline = encode(tokenizer, [row["completion"] for row in rows], "responses", args.response_length)
         splits[split] = [row | {"prompt_ids": p, "offline_ids": o} for row, p, o in zip(rows, prompts, offline)]
@@ -402,7 +403,6 @@ if __name__ == "__main__":
     writer = SummaryWriter and SummaryWriter(run_dir)
     frozen = (ref_policy, reward_model, tokenizer)
     history = [{"episodes": 0} | evaluate(policy, *frozen, splits["validation"], args, device)[1]]
-
     progress = tqdm(range(1, num_updates + 1), unit="update")
     for update in progress:
         clock = [time.perf_counter()]
@@ -440,8 +440,7 @@ if __name__ == "__main__":
         clock.append(time.perf_counter())
 
         # 5 PPO epochs
-        stats = []
-        rng = np.random.default_rng([args.seed, MINIBATCHES, update])
+        stats, rng = [], np.random.default_rng([args.seed, MINIBATCHES, update])
         orders = [torch.from_numpy(rng.permutation(args.batch_size)).to(device) for _ in range(args.num_ppo_epochs)]
         for minibatch in [part for shuffled in orders for part in shuffled.split(args.minibatch_size)]:
             num_actions, sums = action_mask[minibatch].sum(), Counter()

@@ -79,15 +79,18 @@ def load(auto_class, path, **kwargs):
     try:
         return auto_class.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
-        fail(f"cannot load {path}: {str(error).splitlines()[0]}")
+        fail(f"cannot load {path}: {(str(error) or repr(error)).splitlines()[0]}")
 
 
-def build_missing(path, default, script):
-    """Runs `script` in its own process if the default checkpoint that it writes is not there yet."""
-    if path == default and not os.path.isdir(path):
-        print(f"{path} does not exist yet: running {script} first", flush=True)
-        if subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), script)]).returncode != 0:
-            fail(f"{script} did not finish")
+def build_missing(*wanted):
+    """Checks every checkpoint (path, default path, script) that the user named, then trains the missing default ones."""
+    for path, default, script in sorted(wanted, key=lambda item: item[0] == item[1]):
+        if path != default:
+            load(AutoTokenizer, path)
+        elif not os.path.isdir(path):
+            print(f"{path} does not exist yet: running {script} on the embedded task first", flush=True)
+            if subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), script)]).returncode != 0:
+                fail(f"{script} did not finish")
 
 
 def load_rows(dataset, split, columns):
@@ -97,7 +100,7 @@ def load_rows(dataset, split, columns):
     try:
         rows = list(datasets.load_dataset(*source, split=split, streaming=local))
     except Exception as error:  # datasets raises many kinds; the first line says what went wrong
-        fail(f"--dataset {dataset}, split {split!r}: {str(error).splitlines()[0]}")
+        fail(f"--dataset {dataset}, split {split!r}: {(str(error) or repr(error)).splitlines()[0]}")
     for column in columns:
         if not rows or column not in rows[0]:
             fail(
@@ -212,20 +215,20 @@ if __name__ == "__main__":
     DATA = 1  # a draw is fixed by (seed, this, epoch), nothing else
 
     # data and model
-    build_missing(args.sft_path, Args.sft_path, "sft.py")
+    columns = ("prompt", "chosen", "rejected")
+    splits = {split: load_rows(args.dataset, split, columns) for split in ("train", args.eval_split)}
+    references = load_rows(args.reference_dataset, "train", ("prompt", "completion"))[:1000]
+    build_missing((args.sft_path, Args.sft_path, "sft.py"))
     size, tokenizer = args.micro_batch_size, load(AutoTokenizer, args.sft_path)
     if tokenizer.pad_token is None:
         fail(f"the tokenizer at {args.sft_path} has no pad token: set tokenizer.pad_token and save it again")
-    splits = {}
-    for split in ("train", args.eval_split):
-        rows = load_rows(args.dataset, split, ("prompt", "chosen", "rejected"))
-        splits[split] = [{"rubric": row.get("rubric")} for row in rows]
-        prompts = encode(tokenizer, [row["prompt"] for row in rows], "prompts", args.prompt_length)
+    for rows in splits.values():
+        ids = {"prompt_ids": encode(tokenizer, [row["prompt"] for row in rows], "prompts", args.prompt_length)}
         for name in ("chosen", "rejected"):
-            ids = encode(tokenizer, [row[name] for row in rows], "responses", args.response_length)
-            for kept, row, prompt_ids, response_ids in zip(splits[split], rows, prompts, ids):
-                kept |= {name: row[name], "prompt_ids": prompt_ids, f"{name}_ids": response_ids}
-    references = load_rows(args.reference_dataset, "train", ("prompt", "completion"))[:1000]
+            texts = [row[name] for row in rows]
+            ids[f"{name}_ids"] = encode(tokenizer, texts, "responses", args.response_length)
+        for number, row in enumerate(rows):
+            row |= {name: column[number] for name, column in ids.items()}
     reference_prompts = encode(tokenizer, [row["prompt"] for row in references], "prompts", args.prompt_length)
     reference_ids = encode(tokenizer, [row["completion"] for row in references], "responses", args.response_length)
     model = load(AutoModelForSequenceClassification, args.sft_path, dtype=torch.float32, num_labels=1).to(device)
@@ -299,7 +302,7 @@ if __name__ == "__main__":
     rejected_scores = in_chunks(sequence_scores, model, size, *batch[:2], *batch[4:])
     correct = (chosen_scores > rejected_scores).float().cpu().numpy()
     result = {"all": {"pairs": len(rows), "accuracy": float(correct.mean())}}
-    if rows[0]["rubric"] is not None:
+    if "rubric" in rows[0]:
         margin = np.array(
             [rubric_score(row["chosen"], row["rubric"]) - rubric_score(row["rejected"], row["rubric"]) for row in rows]
         )
@@ -313,8 +316,9 @@ if __name__ == "__main__":
                 if high < 9
                 else f"rubric margin {low} up"
             )
-            means = {"accuracy": float(correct[inside].mean()), "best": float(best[inside].mean())}
-            result[name] = {"pairs": int(inside.sum())} | means
+            if inside.any():
+                means = {"accuracy": float(correct[inside].mean()), "best": float(best[inside].mean())}
+                result[name] = {"pairs": int(inside.sum())} | means
     with open(os.path.join(run_dir, "result.json"), "w") as file:
         json.dump(result, file, indent=2)
     print(f"\n{args.eval_split} pairs".ljust(26) + "".join(f"{name:>10}" for name in result["all"]))

@@ -13,7 +13,6 @@ N+ = arXiv:2403.17031. "Official code" is Cornell-RL/drpo at bd825df, folder src
 
 import json
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ class Args:
     seed: int = 1
     """seed of every random draw: data order, sampling, initial weights"""
     dataset: str = "data/tldr_mini/reference"
-    """hub name, folder or .jsonl file with `prompt` and `completion` (and `rubric`, if quality can be computed)"""
+    """hub name, folder or .jsonl file with `prompt` and `completion`"""
     base_model: str = "data/tiny_pythia"
     """folder or hub name of the model to start from; a folder without weights is initialised from its config"""
     output_dir: str = "models/sft"
@@ -74,7 +73,7 @@ def load(auto_class, path, **kwargs):
     try:
         return auto_class.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
-        fail(f"cannot load {path}: {str(error).splitlines()[0]}")
+        fail(f"cannot load {path}: {(str(error) or repr(error)).splitlines()[0]}")
 
 
 def load_rows(dataset, split, columns):
@@ -84,7 +83,7 @@ def load_rows(dataset, split, columns):
     try:
         rows = list(datasets.load_dataset(*source, split=split, streaming=local))
     except Exception as error:  # datasets raises many kinds; the first line says what went wrong
-        fail(f"--dataset {dataset}, split {split!r}: {str(error).splitlines()[0]}")
+        fail(f"--dataset {dataset}, split {split!r}: {(str(error) or repr(error)).splitlines()[0]}")
     for column in columns:
         if not rows or column not in rows[0]:
             fail(
@@ -112,28 +111,6 @@ def pad(rows, side, device):
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side)
     mask = pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True, padding_side=side)
     return ids.to(device), mask.bool().to(device)
-
-
-FUNCTION_WORDS = frozenset(
-    "a about and at because but feel felt i in is it my now of on should so that the them this to was with".split()
-)
-
-
-def rubric_score(summary, facts):
-    """Quality of `summary` (text) against `facts` (the key phrases of the post), in [-1, 1]; data/tldr_mini/README.md.
-
-    +1 for each fact stated word for word, -1/2 for each repetition of a fact and for each content word that belongs
-    to no stated fact, all over the number of facts; -0.05 for each word past the length of all facts plus six.
-    """
-    words = re.findall(r"[a-z']+", summary.lower())
-    text, stated, repeated = f" {' '.join(words)} ", 0, 0
-    for fact in facts:
-        count = text.count(f" {fact} ")
-        stated, repeated = stated + (count > 0), repeated + max(0, count - 1)
-        text = text.replace(f" {fact} ", " | ")
-    unsupported = sum(word != "|" and word not in FUNCTION_WORDS for word in text.split())
-    excess = max(0, len(words) - sum(len(fact.split()) for fact in facts) - 6)
-    return max(-1.0, (stated - 0.5 * repeated - 0.5 * unsupported) / len(facts) - 0.05 * excess)
 
 
 # log-probs
@@ -301,7 +278,7 @@ if __name__ == "__main__":
         # 3 log; once an epoch the loss per response token on the validation split
         metrics = {"update": update, "epoch": update * args.batch_size / len(train), "loss": loss}
         metrics |= {"policy/grad_norm": grad_norm, "learning_rate": group["lr"]}
-        if update == num_updates or update % (len(train) // args.batch_size) == 0:
+        if update == num_updates or update % max(1, len(train) // args.batch_size) == 0:
             batch = tensors_of(splits["validation"], False)
             logprobs = in_chunks(token_logprobs, policy, size, *batch, batch[-1], temperature=1.0)
             metrics["eval/loss"] = (-logprobs.sum() / batch[-1].sum()).item()
@@ -320,10 +297,6 @@ if __name__ == "__main__":
     texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(sampled, masks)]
     for row, text in list(zip(rows, texts))[:3]:
         print(f"\n{row['prompt']}\n  reference:{row['completion']}\n  SFT:      {text}")
-    print(f"\nvalidation loss {metrics['eval/loss']:.3f} nats per token", end="")
-    print(f", ended with EOS {(sampled == eos).any(1).float().mean():.3f}", end="")
-    if "rubric" in rows[0]:
-        quality = [rubric_score(text, row["rubric"]) for text, row in zip(texts, rows)]
-        target = [rubric_score(row["completion"], row["rubric"]) for row in rows]
-        print(f", rubric {np.mean(quality):.3f} (reference {np.mean(target):.3f})", end="")
-    print(f"\npolicy: {args.output_dir}   metrics, arguments: {run_dir}")
+    print(f"\nvalidation loss (nats per token) {metrics['eval/loss']:10.3f}")
+    print(f"validation samples with an EOS    {(sampled == eos).any(1).float().mean():9.3f}")
+    print(f"policy: {args.output_dir}   metrics, arguments: {run_dir}")

@@ -1,7 +1,7 @@
-"""The whole chain over seeds: sft, reward_model, ppo, drpo, each seed from scratch; then the README's table.
+"""The whole chain over seeds: sft, reward_model, ppo, drpo, each seed from scratch; then the README's tables.
 
     python benchmark/seeds.py --seeds 1 2 3            # about 5 minutes a seed on two cores
-    python benchmark/seeds.py --seeds 1 2 3 --table    # only print the table of finished runs
+    python benchmark/seeds.py --seeds 1 2 3 --table    # only print the tables of finished runs
 
 Every number is the mean over seeds with the standard deviation over seeds behind it. Results stay in
 runs/seeds_<seed>_<script>/result.json; a finished run is not repeated.
@@ -42,15 +42,13 @@ def run_seed(seed):
             sys.exit(f"{script} failed for seed {seed}; remove runs/{run} before the next try")
 
 
-def table(seeds):
-    rows = {"SFT": [], "PPO": [], "DR-PO": []}
-    for seed in seeds:
-        ppo, drpo = (
-            json.loads((ROOT / f"runs/seeds_{seed}_{name}/result.json").read_text()) for name in ("ppo", "drpo")
-        )
-        for label, result in (("SFT", ppo["SFT"]), ("PPO", ppo["PPO"]), ("DR-PO", drpo["DR-PO"])):
-            rows[label].append(result)
-    columns = list(rows["SFT"][0])
+def load(seed, name):
+    return json.loads((ROOT / f"runs/seeds_{seed}_{name}/result.json").read_text())
+
+
+def table(rows):
+    """Markdown: rows maps a label to one dict of numbers per seed."""
+    columns = list(next(iter(rows.values()))[0])
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for label, results in rows.items():
         cells = []
@@ -68,4 +66,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     for seed in args.seeds if not args.table else ():
         run_seed(seed)
-    print(table(args.seeds))
+    ppo, drpo, reward = ([load(seed, name) for seed in args.seeds] for name in ("ppo", "drpo", "reward"))
+    policies = {"SFT": [result["SFT"] for result in ppo], "PPO": [result["PPO"] for result in ppo]}
+    print(table(policies | {"DR-PO": [result["DR-PO"] for result in drpo]}), end="\n\n")
+    print(table({f"reward model, {name}": [result[name] for result in reward] for name in reward[0]}))

@@ -145,3 +145,20 @@ def test_a_batch_may_be_larger_than_the_train_split(models, tmp_path):
     done = run_script("sft.py", *good_flags("sft.py", models), *size, cwd=tmp_path, check=False)
     assert "Traceback" not in done.stderr
     assert done.returncode in (0, 2)
+
+
+@pytest.mark.parametrize(
+    "change, culprit",
+    [
+        (lambda folder: ("--sft-path", folder / "no_sft"), "no_sft"),
+        (lambda folder: ("--reward-path", folder / "no_reward"), "no_reward"),
+        (lambda folder: ("--dataset", write_dataset(folder / "data", "preference")), "'completion'"),
+    ],
+    ids=["sft path", "reward path", "dataset"],
+)
+def test_nothing_is_trained_before_the_rest_is_checked(change, culprit, models, tmp_path):
+    # the default checkpoints are missing here, so that a late check would show as a training run
+    done = run_script("drpo.py", "--dataset", models.reference, *change(tmp_path), cwd=tmp_path, check=False)
+    assert_error(done, culprit)
+    assert "running" not in done.stdout
+    assert not (tmp_path / "models").exists()

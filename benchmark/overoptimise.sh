@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Over-optimisation: no KL penalty, 200 updates. The reward-model score keeps rising while the rubric falls.
+# Uses the models of `python benchmark/seeds.py --seeds 1`; about 4 minutes a run on two cores.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+for script in ppo drpo; do
+  python $script.py --kl-coef 0 --total-episodes 12800 --eval-every 20 --run-name overoptimise_$script \
+    --sft-path models/seeds_1/sft --reward-path models/seeds_1/reward --output-dir models/overoptimise_$script
+done
