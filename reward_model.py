@@ -303,19 +303,13 @@ if __name__ == "__main__":
     correct = (chosen_scores > rejected_scores).float().cpu().numpy()
     result = {"all": {"pairs": len(rows), "accuracy": float(correct.mean())}}
     if "rubric" in rows[0]:
-        margin = np.array(
-            [rubric_score(row["chosen"], row["rubric"]) - rubric_score(row["rejected"], row["rubric"]) for row in rows]
-        )
+        quality = [[rubric_score(row[name], row["rubric"]) for row in rows] for name in ("chosen", "rejected")]
+        margin = np.subtract(*quality)
         best = 0.5 + 0.5 * np.sign(margin)  # who ranks by the rubric itself
-        for low, high in ((0, 9), (0, 0.1), (0.1, 0.3), (0.3, 0.6), (0.6, 9)):
+        bins = {"all": (0, 9), "rubric margin 0 to 0.1": (0, 0.1), "rubric margin 0.1 to 0.3": (0.1, 0.3)}
+        bins |= {"rubric margin 0.3 to 0.6": (0.3, 0.6), "rubric margin 0.6 up": (0.6, 9)}
+        for name, (low, high) in bins.items():
             inside = (np.abs(margin) >= low) & (np.abs(margin) < high)
-            name = (
-                "all"
-                if high - low == 9
-                else f"rubric margin {low} to {high}"
-                if high < 9
-                else f"rubric margin {low} up"
-            )
             if inside.any():
                 means = {"accuracy": float(correct[inside].mean()), "best": float(best[inside].mean())}
                 result[name] = {"pairs": int(inside.sum())} | means

@@ -79,6 +79,12 @@ CASES = {
     "reward: column missing": ("reward_model.py", dataset("preference", without("rejected")), "'rejected'"),
     "reward: response blank": ("reward_model.py", dataset("preference", blank("chosen", 2)), "row 2, column 'chosen'"),
     "reward: SFT missing": ("reward_model.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
+    "dpo: column missing": ("dpo.py", dataset("preference", without("rejected")), "'rejected'"),
+    "dpo: response blank": ("dpo.py", dataset("preference", blank("chosen", 2)), "row 2, column 'chosen'"),
+    "dpo: SFT missing": ("dpo.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
+    "dpo: no pad token": ("dpo.py", no_pad_token, "no pad token"),
+    "dpo: beta zero": ("dpo.py", flags("--beta", 0), "--beta 0"),
+    "dpo: batch too large": ("dpo.py", flags("--batch-size", 1000), "--batch-size 1000"),
 }
 
 
@@ -87,6 +93,8 @@ def good_flags(script, models):
         return "--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia"
     if script == "reward_model.py":
         return "--dataset", models.preference, "--reference-dataset", models.reference, "--sft-path", models.sft
+    if script == "dpo.py":
+        return "--dataset", models.preference, "--sft-path", models.sft
     return models.flags
 
 
@@ -105,7 +113,7 @@ def test_bad_input_is_one_line(script, change, culprit, models, tmp_path):
     assert sorted(tmp_path.iterdir()) == before  # no runs/, no models/
 
 
-@pytest.mark.parametrize("script", ["ppo.py", "drpo.py", "sft.py", "reward_model.py"])
+@pytest.mark.parametrize("script", ["ppo.py", "drpo.py", "sft.py", "reward_model.py", "dpo.py"])
 def test_an_existing_run_is_not_touched(script, models, tmp_path):
     file = tmp_path / "runs" / "taken" / "metrics.jsonl"
     file.parent.mkdir(parents=True)

@@ -1,0 +1,304 @@
+"""DPO (Direct Preference Optimization): the policy learns from preference pairs, without reward model or sampling.
+
+The log-ratio of policy and SFT policy, times beta, is an implicit reward; its Bradley-Terry loss on pairs has the same
+optimum as KL-penalised RL on the reward model of those pairs. The offline baseline of the DR-PO paper.
+
+    python dpo.py                                          # embedded task; trains models/sft if missing
+    python dpo.py --sft-path my_sft --dataset trl-lib/tldr-preference --learning-rate 3e-6
+
+DPO = arXiv:2305.18290, DR-PO = arXiv:2404.08495v3. "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr:
+ 1. reference log-probs are computed once, by the policy before its first step; the official code keeps a second model.
+ 2. linear learning-rate decay (the paper's; the official code decays by a cosine), no weight decay, the gradient norm is
+    clipped; all randomness comes from --seed; full fine-tuning in one process, without LoRA.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@dataclass
+class Args:
+    seed: int = 1
+    """seed of every random draw: data order"""
+    dataset: str = "data/tldr_mini/preference"
+    """hub name, folder or .jsonl file with `prompt`, `chosen` and `rejected`"""
+    sft_path: str = "models/sft"
+    """folder or hub name of the supervised policy (pi_SFT): start and KL anchor; the default is trained if missing"""
+    output_dir: str = "models/dpo"
+    """folder for the final model; a folder already there is kept under a numbered name"""
+    run_name: str = ""
+    """folder under runs/ for metrics.jsonl, args.json and result.json; empty: script, seed and time"""
+    eval_every: int = 5
+    """updates between two evaluations on the validation split"""
+
+    # algorithm
+    beta: float = 0.05
+    """KL strength (beta in DPO; not the reset probability of drpo.py); 0.05 in the paper"""
+    num_epochs: int = 1
+    """passes over the train split; 1 in the paper"""
+    batch_size: int = 64
+    """pairs per optimizer step"""
+    micro_batch_size: int = 64
+    """pairs per forward and backward pass; lower it to save memory, results agree to rounding"""
+    learning_rate: float = 3e-4
+    """initial AdamW step size (eta), decays linearly to 0; 3e-6 in the paper, whose models are pretrained"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    prompt_length: int = 128
+    """most prompt tokens; longer prompts are cut from the left"""
+    response_length: int = 40
+    """most response tokens, EOS included; longer than the policies' so that rambling pairs are seen whole"""
+
+
+# data
+def fail(message):
+    """Bad input: one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def load(auto_class, path, **kwargs):
+    """`from_pretrained` of a folder or hub name; what is missing or broken there becomes one line."""
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        fail(f"cannot load {path}: {(str(error) or repr(error)).splitlines()[0]}")
+
+
+def build_missing(*wanted):
+    """Checks every checkpoint (path, default path, script) that the user named, then trains the missing default ones."""
+    for path, default, script in sorted(wanted, key=lambda item: item[0] == item[1]):
+        if path != default:
+            load(AutoTokenizer, path)
+        elif not os.path.isdir(path):
+            print(f"{path} does not exist yet: running {script} on the embedded task first", flush=True)
+            if subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), script)]).returncode != 0:
+                fail(f"{script} did not finish")
+
+
+def load_rows(dataset, split, columns):
+    """One split of a dataset as a list of dicts; every row must have text in each of `columns`."""
+    local = os.path.exists(dataset)  # note: streamed, because the cache of `datasets` misses edits of local files
+    source = ("json", None, None, {split: dataset}) if os.path.isfile(dataset) else (dataset,)
+    try:
+        rows = list(datasets.load_dataset(*source, split=split, streaming=local))
+    except Exception as error:  # datasets raises many kinds; the first line says what went wrong
+        fail(f"--dataset {dataset}, split {split!r}: {(str(error) or repr(error)).splitlines()[0]}")
+    for column in columns:
+        if not rows or column not in rows[0]:
+            fail(
+                f"--dataset {dataset}, split {split!r}: no column {column!r} in {list(rows[0]) if rows else 'no rows'}"
+            )
+        for number, row in enumerate(rows):
+            if not isinstance(row[column], str) or not row[column].strip():
+                fail(f"--dataset {dataset}, split {split!r}, row {number}, column {column!r}: empty or not text")
+    return rows
+
+
+def encode(tokenizer, texts, kind, max_length):
+    """Token ids of each text. Prompts are cut from the left, responses get EOS and are cut from the right."""
+    ids = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"]
+    if kind == "responses":
+        ids = [row + [tokenizer.eos_token_id] for row in ids]
+    cut = sum(len(row) > max_length for row in ids)
+    if cut:
+        print(f"note: {cut} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
+    return [row[-max_length:] if kind == "prompts" else row[:max_length] for row in ids]
+
+
+def pad(rows, side, device):
+    """Lists of token ids -> ids (B, L) long with 0 where padded, mask (B, L) bool."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side)
+    mask = pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True, padding_side=side)
+    return ids.to(device), mask.bool().to(device)
+
+
+# log-probs
+def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask):
+    """Hidden states (B, R + 1, d): column t has read the prompt and t response tokens. The only place that shifts."""
+    input_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, P + R)
+    mask = torch.cat([prompt_mask, response_mask], dim=1)  # (B, P + R)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    hidden = model.base_model(input_ids=input_ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    return hidden[:, prompt_ids.shape[1] - 1 :]
+
+
+def token_logprobs(model, prompt_ids, prompt_mask, response_ids, response_mask, action_mask, temperature):
+    """Log-probs (B, R) of the response tokens where action_mask is True, 0 elsewhere.
+
+    The output head runs there only. note: logits that a model rescales after its head need that added here and below.
+    """
+    states = response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)[:, :-1]
+    logits = model.get_output_embeddings()(states[action_mask]).float() / temperature  # (actions, V)
+    picked = logits.gather(-1, response_ids[action_mask].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    return torch.zeros_like(action_mask, dtype=picked.dtype).masked_scatter(action_mask, picked)
+
+
+@torch.no_grad()
+def in_chunks(function, model, size, *tensors, **kwargs):
+    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time."""
+    return torch.cat([function(model, *part, **kwargs) for part in zip(*(tensor.split(size) for tensor in tensors))])
+
+
+def pair_logprobs(model, prompt_ids, prompt_mask, chosen_ids, chosen_mask, rejected_ids, rejected_mask):
+    """Log-probs (B, 2) of the whole chosen and the whole rejected response, EOS included, at temperature 1."""
+    pair = ((chosen_ids, chosen_mask), (rejected_ids, rejected_mask))
+    parts = [token_logprobs(model, prompt_ids, prompt_mask, ids, mask, mask, temperature=1.0) for ids, mask in pair]
+    return torch.stack([part.sum(1) for part in parts], dim=1)
+
+
+# loss
+def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta):
+    """Bradley-Terry negative log-likelihood per pair (B,) of the implicit rewards (DPO Eq. 7)."""
+    return -F.logsigmoid(beta * ((chosen_logprobs - ref_chosen_logprobs) - (rejected_logprobs - ref_rejected_logprobs)))
+
+
+def pair_terms(logprobs, ref_logprobs, beta):
+    """Log-probs (B, 2) -> the loss of every pair and what is logged about it, each (B,)."""
+    chosen_rewards, rejected_rewards = (beta * (logprobs - ref_logprobs)).unbind(1)  # implicit (DPO Eq. 5)
+    margins = chosen_rewards - rejected_rewards
+    terms = {"loss": dpo_loss(*logprobs.unbind(1), *ref_logprobs.unbind(1), beta)}
+    terms |= {"accuracy": 0.5 + 0.5 * margins.sign(), "margin": margins}  # a tie counts half
+    terms |= {"rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards}
+    return terms | {"logprobs/chosen": logprobs[:, 0], "logprobs/rejected": logprobs[:, 1]}
+
+
+# files
+def log_metrics(run_dir, writer, metrics):
+    """One line of metrics.jsonl; the same numbers to TensorBoard where it is installed."""
+    with open(os.path.join(run_dir, "metrics.jsonl"), "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    for name, value in metrics.items() if writer else ():
+        writer.add_scalar(name, value, metrics["update"])
+
+
+def save_folder(path, *parts):
+    """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2, .."""
+    path = os.path.normpath(path)
+    for part in parts:
+        part.save_pretrained(f"{path}.tmp")
+    if os.path.exists(path):
+        number = next(n for n in range(1, 10**6) if not os.path.exists(f"{path}.{n}"))
+        print(f"keeping the earlier {path} as {path}.{number}")
+        os.rename(path, f"{path}.{number}")
+    os.rename(f"{path}.tmp", path)
+
+
+if __name__ == "__main__":
+    # arguments
+    args = tyro.cli(Args)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    if args.beta <= 0:
+        fail(f"--beta {args.beta}: the KL strength must be above 0")
+    run_name = args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
+    run_dir = os.path.join("runs", run_name)
+    if os.path.exists(run_dir):
+        fail(f"--run-name {run_name}: {run_dir} already exists, choose another name")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    DATA = 1  # a draw is fixed by (seed, this, epoch), nothing else
+
+    # data and model
+    columns = ("prompt", "chosen", "rejected")
+    splits = {split: load_rows(args.dataset, split, columns) for split in ("train", "validation")}
+    train, validation = splits["train"], splits["validation"]
+    num_updates = args.num_epochs * len(train) // args.batch_size
+    if num_updates < 1:
+        fail(f"--num-epochs {args.num_epochs} of {len(train)} rows do not fill --batch-size {args.batch_size}")
+    build_missing((args.sft_path, Args.sft_path, "sft.py"))
+    size, tokenizer = args.micro_batch_size, load(AutoTokenizer, args.sft_path)
+    if tokenizer.pad_token is None:
+        fail(f"the tokenizer at {args.sft_path} has no pad token: set tokenizer.pad_token and save it again")
+    for rows in splits.values():
+        ids = {"prompt_ids": encode(tokenizer, [row["prompt"] for row in rows], "prompts", args.prompt_length)}
+        for name in ("chosen", "rejected"):
+            texts = [row[name] for row in rows]
+            ids[f"{name}_ids"] = encode(tokenizer, texts, "responses", args.response_length)
+        for number, row in enumerate(rows):
+            row |= {name: column[number] for name, column in ids.items()}
+    policy = load(AutoModelForCausalLM, args.sft_path, dtype=torch.float32).to(device)
+    policy.eval()  # note: no dropout, or the policy would not start equal to the reference
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
+    epochs = range(args.num_epochs)  # each a new shuffle of the train split
+    order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
+
+    # log
+    os.makedirs(run_dir)
+    with open(os.path.join(run_dir, "args.json"), "w") as file:
+        json.dump(vars(args), file, indent=2)
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        SummaryWriter = None
+    writer = SummaryWriter and SummaryWriter(run_dir)
+
+    def tensors_of(rows):
+        """prompt ids, mask, chosen ids, mask, rejected ids, mask of some rows, padded to the longest."""
+        sides = {"prompt_ids": "left", "chosen_ids": "right", "rejected_ids": "right"}
+        return [tensor for key, side in sides.items() for tensor in pad([row[key] for row in rows], side, device)]
+
+    # 1 reference log-probs of every pair, once: the policy before its first step is the reference
+    # differs from official code (dpo.py): no second model in memory, no second forward pass per batch
+    ref_logprobs = {}  # split -> (rows, 2)
+    for split, rows in splits.items():
+        starts = tqdm(range(0, len(rows), size), desc=f"reference log-probs, {split}")
+        parts = [in_chunks(pair_logprobs, policy, size, *tensors_of(rows[start : start + size])) for start in starts]
+        ref_logprobs[split] = torch.cat(parts)
+    terms = pair_terms(ref_logprobs["validation"], ref_logprobs["validation"], args.beta)
+    results = {"before": {name: term.mean().item() for name, term in terms.items()}}
+
+    progress = tqdm(range(1, num_updates + 1), unit="update")
+    for update in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * (1 - (update - 1) / num_updates)
+
+        # 2 loss on a batch of pairs
+        picked = order[(update - 1) * args.batch_size : update * args.batch_size]
+        batch = (*tensors_of([train[i] for i in picked]), ref_logprobs["train"][picked])
+        means = Counter()
+        for *part, part_ref_logprobs in zip(*(tensor.split(size) for tensor in batch)):
+            terms = pair_terms(pair_logprobs(policy, *part), part_ref_logprobs, args.beta)
+            terms = {name: term.sum() / len(picked) for name, term in terms.items()}
+            terms["loss"].backward()
+            means.update({name: term.item() for name, term in terms.items()})
+
+        # 3 step
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # 4 log; every few updates the same means on the validation split
+        metrics = {"update": update, "epoch": update * args.batch_size / len(train), **means}
+        metrics |= {"grad_norm": grad_norm, "learning_rate": group["lr"]}
+        if update % args.eval_every == 0 or update == num_updates:
+            logprobs = in_chunks(pair_logprobs, policy, size, *tensors_of(validation))
+            terms = pair_terms(logprobs, ref_logprobs["validation"], args.beta)
+            results["after"] = {name: term.mean().item() for name, term in terms.items()}
+            metrics |= {f"eval/{name}": value for name, value in results["after"].items()}
+            progress.set_postfix(loss=means["loss"], validation=metrics["eval/loss"])
+        log_metrics(run_dir, writer, metrics)
+
+    # 5 save, compare the validation split before and after
+    save_folder(args.output_dir, policy, tokenizer)
+    with open(os.path.join(run_dir, "result.json"), "w") as file:
+        json.dump(results, file, indent=2)
+    print(f"\n{len(validation)} pairs of validation".ljust(26) + "".join(f"{name:>10}" for name in results))
+    for name in results["before"]:
+        print(f"{name:25}" + "".join(f"{row[name]:10.3f}" for row in results.values()))
+    print(f"\nfinal policy: {args.output_dir}   metrics, arguments: {run_dir}")
