@@ -4,12 +4,12 @@ The log-ratio of policy and SFT policy, times beta, is an implicit reward; its B
 optimum as KL-penalised RL on the reward model of those pairs. The offline baseline of the DR-PO paper.
 
     python dpo.py                                          # embedded task; trains models/sft if missing
-    python dpo.py --sft-path my_sft --dataset trl-lib/tldr-preference --learning-rate 3e-6
+    python dpo.py --sft-path my_sft --dataset trl-lib/tldr-preference --learning-rate 3e-6 --prompt-length 512
 
 DPO = arXiv:2305.18290, DR-PO = arXiv:2404.08495v3. "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr:
  1. reference log-probs are computed once, by the policy before its first step; the official code keeps a second model.
- 2. linear learning-rate decay (the paper's; the official code decays by a cosine), no weight decay, the gradient norm is
-    clipped; all randomness comes from --seed; full fine-tuning in one process, without LoRA.
+ 2. linear learning-rate decay (the paper's; the official code decays by a cosine), no weight decay, clipped gradient
+    norm; all randomness comes from --seed; full fine-tuning in one process, without LoRA.
 """
 
 import json
@@ -81,7 +81,7 @@ def load(auto_class, path, **kwargs):
 
 
 def build_missing(*wanted):
-    """Checks every checkpoint (path, default path, script) that the user named, then trains the missing default ones."""
+    """Checks every checkpoint (path, default path, script) that the user named, then trains the missing defaults."""
     for path, default, script in sorted(wanted, key=lambda item: item[0] == item[1]):
         if path != default:
             load(AutoTokenizer, path)
@@ -111,10 +111,10 @@ def load_rows(dataset, split, columns):
 
 
 def encode(tokenizer, texts, kind, max_length):
-    """Token ids of each text. Prompts are cut from the left, responses get EOS and are cut from the right."""
-    ids = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"]
-    if kind == "responses":
-        ids = [row + [tokenizer.eos_token_id] for row in ids]
+    """Token ids of each text. Prompts are cut from the left, responses end at EOS and are cut from the right."""
+    ids, eos = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"], tokenizer.eos_token_id
+    if kind == "responses":  # some datasets spell the EOS out in the text: the first one ends the response
+        ids = [row[: [*row, eos].index(eos)] + [eos] for row in ids]
     cut = sum(len(row) > max_length for row in ids)
     if cut:
         print(f"note: {cut} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
@@ -188,7 +188,7 @@ def log_metrics(run_dir, writer, metrics):
 
 
 def save_folder(path, *parts):
-    """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2, .."""
+    """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2."""
     path = os.path.normpath(path)
     for part in parts:
         part.save_pretrained(f"{path}.tmp")
@@ -204,7 +204,6 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     if args.beta <= 0:
         fail(f"--beta {args.beta}: the KL strength must be above 0")
     run_name = args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"

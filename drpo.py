@@ -1,19 +1,18 @@
 """DR-PO, Dataset Reset Policy Optimization for RLHF (arXiv:2404.08495): ppo.py plus resets to dataset states.
 
-With probability beta a rollout does not start from the prompt but from the prompt plus a random prefix of the dataset's
-response: somebody has already written a good beginning, the policy learns to finish. `diff ppo.py drpo.py` is the paper.
+With probability beta a rollout starts from the prompt plus a random prefix of the dataset's response: somebody has
+already written a good beginning, the policy learns to finish. `diff ppo.py drpo.py` is the paper.
 
     python drpo.py --beta 1.0 --kl-coef 0.05              # embedded task; trains models/sft, models/reward if missing
     python drpo.py --beta 0                               # PPO, number for number
 
 DR-PO = arXiv:2404.08495v3, PPO = arXiv:1707.06347, GAE = arXiv:1506.02438, N+ = arXiv:2403.17031 (the details of RLHF
 with PPO). "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr. What differs from it:
- 1. tokens after EOS are masked everywhere: KL, rewards, values, whitening, losses, statistics.
- 2. an EOS in the last column counts as finished.
- 3. advantages are whitened, rewards are not; sampling stops at EOS instead of running to the full length.
- 4. the gradient norm is clipped; all randomness comes from --seed; full fine-tuning in one process, without LoRA.
- 5. the dataset prefix is masked everywhere, officially in the policy loss alone (drpo.py:874, 817, 830, 808).
- 6. the prefix costs one forward pass, officially every forced token is decoded; the reset draws are seeded (drpo.py:635).
+ 1. tokens after EOS are masked everywhere, as nobody reads them: KL, rewards, values, whitening, losses, statistics.
+ 2. an EOS in the last column counts as finished, because it is; sampling stops at EOS, which costs less.
+ 3. no whitened rewards (N+: lower win rate), no weight decay, no LoRA; clipped gradients; every draw from --seed.
+ 4. the dataset prefix, no choice of the policy, is masked in value loss, whitening, KL too (874, 817, 830, 808 there).
+ 5. the prefix costs one forward pass, officially every forced token is decoded; the reset draws are seeded (635 there).
 """
 
 import json
@@ -44,7 +43,7 @@ class Args:
     sft_path: str = "models/sft"
     """folder or hub name of the supervised policy (pi_SFT): start and KL anchor; the default is trained if missing"""
     reward_path: str = "models/reward"
-    """folder or hub name of the reward model; the default is trained if missing"""
+    """folder or hub name of the reward model; the default belongs to models/sft and is trained if missing"""
     output_dir: str = "models/drpo"
     """folder for the final model; a folder already there is kept under a numbered name"""
     run_name: str = ""
@@ -112,7 +111,7 @@ def load(auto_class, path, **kwargs):
 
 
 def build_missing(*wanted):
-    """Checks every checkpoint (path, default path, script) that the user named, then trains the missing default ones."""
+    """Checks every checkpoint (path, default path, script) that the user named, then trains the missing defaults."""
     for path, default, script in sorted(wanted, key=lambda item: item[0] == item[1]):
         if path != default:
             load(AutoTokenizer, path)
@@ -142,10 +141,10 @@ def load_rows(dataset, split, columns):
 
 
 def encode(tokenizer, texts, kind, max_length):
-    """Token ids of each text. Prompts are cut from the left, responses get EOS and are cut from the right."""
-    ids = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"]
-    if kind == "responses":
-        ids = [row + [tokenizer.eos_token_id] for row in ids]
+    """Token ids of each text. Prompts are cut from the left, responses end at EOS and are cut from the right."""
+    ids, eos = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"], tokenizer.eos_token_id
+    if kind == "responses":  # some datasets spell the EOS out in the text: the first one ends the response
+        ids = [row[: [*row, eos].index(eos)] + [eos] for row in ids]
     cut = sum(len(row) > max_length for row in ids)
     if cut:
         print(f"note: {cut} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
@@ -256,7 +255,7 @@ def mask_to_eos(response_ids, eos):
 
 # new in DR-PO: resets
 def sample_reset_len(lengths, beta, rng):
-    """Dataset tokens to keep (B,): 0 with probability 1 - beta or if L < 2, else uniform on 1..L-1; L counts the EOS."""
+    """Dataset tokens to keep (B,): 0 with probability 1 - beta or if L < 2, else uniform on 1..L-1; L counts EOS."""
     reset = (rng.random(len(lengths)) < beta) & (lengths >= 2)
     return np.where(reset, 1 + np.floor(rng.random(len(lengths)) * (lengths - 1)), 0).astype(np.int64)
 
@@ -346,7 +345,7 @@ def log_metrics(run_dir, writer, metrics):
 
 
 def save_folder(path, *parts):
-    """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2, .."""
+    """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2."""
     path = os.path.normpath(path)
     for part in parts:
         part.save_pretrained(f"{path}.tmp")
@@ -376,7 +375,6 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     num_updates = args.total_episodes // args.batch_size
     if num_updates < 1 or args.batch_size % args.minibatch_size:
         fail("--total-episodes must be at least --batch-size, and --minibatch-size must divide --batch-size")
@@ -387,8 +385,7 @@ if __name__ == "__main__":
     if os.path.exists(run_dir):
         fail(f"--run-name {run_name}: {run_dir} already exists, choose another name")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    DATA, SAMPLING, MINIBATCHES = 1, 2, 3  # a draw is fixed by (seed, one of these, epoch or update), nothing else
-    RESETS = 4  # new in DR-PO: the reset draws have their own stream, so beta 0 leaves the others as in ppo.py
+    DATA, SAMPLING, MINIBATCHES, RESETS = 1, 2, 3, 4  # streams: a training draw is fixed by (seed, stream, update)
 
     # data and models
     parts = {"train": None, "validation": args.eval_rows, args.eval_split: None}  # split -> most rows
@@ -413,6 +410,8 @@ if __name__ == "__main__":
     policy, ref_policy = (load(kind, path, dtype=torch.float32).to(device).eval() for _ in range(2))
     kind, path = AutoModelForSequenceClassification, args.reward_path
     reward_model, critic = (load(kind, path, dtype=torch.float32).to(device).eval() for _ in range(2))
+    if reward_model.config.num_labels != 1:
+        fail(f"--reward-path {args.reward_path} is no reward model: it must have exactly one output")
     parameters = [*policy.parameters(), *critic.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
     train, held_out = splits["train"], splits[args.eval_split]
@@ -467,18 +466,17 @@ if __name__ == "__main__":
         values = in_chunks(token_values, critic, size, *batch)  # (B, R)
 
         # 4 KL penalty and advantages
-        kl = logprobs - ref_logprobs  # (B, R), 0 off the actions; differs from official code (drpo.py:808): masked
+        kl = logprobs - ref_logprobs  # (B, R), 0 off the actions: differs from official code (drpo.py:808)
         rewards = make_rewards(kl, scores, action_mask, response_mask, args.kl_coef)
         advantages, returns = compute_gae(rewards, values, action_mask, args.gamma, args.gae_lambda)
-        # differs from official code (drpo.py:817, 830): rewards are not whitened, advantages over actions only
-        advantages = masked_whiten(advantages, action_mask)
+        advantages = masked_whiten(advantages, action_mask)  # differs from official code (drpo.py:817, 830): actions
         clock.append(time.perf_counter())
 
         # 5 PPO epochs
         stats, rng = [], np.random.default_rng([args.seed, MINIBATCHES, update])
         orders = [torch.from_numpy(rng.permutation(args.batch_size)).to(device) for _ in range(args.num_ppo_epochs)]
         for minibatch in [part for shuffled in orders for part in shuffled.split(args.minibatch_size)]:
-            num_actions, sums = action_mask[minibatch].sum(), Counter()
+            num_actions, sums = action_mask[minibatch].sum(), Counter()  # differs from official code (drpo.py:874)
             for micro in minibatch.split(size):
                 mask, part = action_mask[micro], [tensor[micro] for tensor in batch]
                 new_logprobs = token_logprobs(policy, *part, mask, temperature)
@@ -491,7 +489,6 @@ if __name__ == "__main__":
                     "policy/clipfrac": log_ratio.expm1().abs() > args.clip_coef,
                     "policy/ratio_error": log_ratio.expm1().abs(),
                 }  # each (micro, R)
-                # differs from official code (drpo.py:874): the value loss, too, averages over actions only
                 terms = {name: (term * mask).sum() / num_actions for name, term in terms.items()}
                 (terms["loss/policy"] + args.vf_coef * terms["loss/value"]).backward()
                 sums.update({name: term.item() for name, term in terms.items()})
@@ -506,8 +503,9 @@ if __name__ == "__main__":
         metrics |= {"objective/score": scores.mean().item(), "objective/kl": kl.sum(1).mean().item()}
         metrics |= {"objective/reward": rewards.sum(1).mean().item(), "response/eos": ended.float().mean().item()}
         metrics |= {"response/length": response_mask.sum(1).float().mean().item()}
-        metrics |= {"reset/fraction": (reset_len > 0).float().mean().item()}  # new in DR-PO:
-        metrics |= {"reset/length": reset_len.float().mean().item()}  # new in DR-PO:
+        metrics |= {
+            f"reset/{k}": x.float().mean().item() for k, x in (("fraction", reset_len > 0), ("length", reset_len))
+        }
         metrics |= {"policy/entropy": (-logprobs.sum() / action_mask.sum()).item()}
         metrics["policy/first_ratio_error"] = stats[0]["policy/ratio_error"]
         metrics |= {name: float(np.mean([sums[name] for sums in stats])) for name in stats[0]}

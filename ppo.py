@@ -8,10 +8,9 @@ samples one response per prompt, scores it, and takes a few clipped gradient ste
 
 DR-PO = arXiv:2404.08495v3, PPO = arXiv:1707.06347, GAE = arXiv:1506.02438, N+ = arXiv:2403.17031 (the details of RLHF
 with PPO). "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr. What differs from it:
- 1. tokens after EOS are masked everywhere: KL, rewards, values, whitening, losses, statistics.
- 2. an EOS in the last column counts as finished.
- 3. advantages are whitened, rewards are not; sampling stops at EOS instead of running to the full length.
- 4. the gradient norm is clipped; all randomness comes from --seed; full fine-tuning in one process, without LoRA.
+ 1. tokens after EOS are masked everywhere, as nobody reads them: KL, rewards, values, whitening, losses, statistics.
+ 2. an EOS in the last column counts as finished, because it is; sampling stops at EOS, which costs less.
+ 3. no whitened rewards (N+: lower win rate), no weight decay, no LoRA; clipped gradients; every draw from --seed.
 """
 
 import json
@@ -42,7 +41,7 @@ class Args:
     sft_path: str = "models/sft"
     """folder or hub name of the supervised policy (pi_SFT): start and KL anchor; the default is trained if missing"""
     reward_path: str = "models/reward"
-    """folder or hub name of the reward model; the default is trained if missing"""
+    """folder or hub name of the reward model; the default belongs to models/sft and is trained if missing"""
     output_dir: str = "models/ppo"
     """folder for the final model; a folder already there is kept under a numbered name"""
     run_name: str = ""
@@ -105,7 +104,7 @@ def load(auto_class, path, **kwargs):
 
 
 def build_missing(*wanted):
-    """Checks every checkpoint (path, default path, script) that the user named, then trains the missing default ones."""
+    """Checks every checkpoint (path, default path, script) that the user named, then trains the missing defaults."""
     for path, default, script in sorted(wanted, key=lambda item: item[0] == item[1]):
         if path != default:
             load(AutoTokenizer, path)
@@ -135,10 +134,10 @@ def load_rows(dataset, split, columns):
 
 
 def encode(tokenizer, texts, kind, max_length):
-    """Token ids of each text. Prompts are cut from the left, responses get EOS and are cut from the right."""
-    ids = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"]
-    if kind == "responses":
-        ids = [row + [tokenizer.eos_token_id] for row in ids]
+    """Token ids of each text. Prompts are cut from the left, responses end at EOS and are cut from the right."""
+    ids, eos = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"], tokenizer.eos_token_id
+    if kind == "responses":  # some datasets spell the EOS out in the text: the first one ends the response
+        ids = [row[: [*row, eos].index(eos)] + [eos] for row in ids]
     cut = sum(len(row) > max_length for row in ids)
     if cut:
         print(f"note: {cut} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
@@ -325,7 +324,7 @@ def log_metrics(run_dir, writer, metrics):
 
 
 def save_folder(path, *parts):
-    """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2, .."""
+    """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2."""
     path = os.path.normpath(path)
     for part in parts:
         part.save_pretrained(f"{path}.tmp")
@@ -355,7 +354,6 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     num_updates = args.total_episodes // args.batch_size
     if num_updates < 1 or args.batch_size % args.minibatch_size:
         fail("--total-episodes must be at least --batch-size, and --minibatch-size must divide --batch-size")
@@ -364,7 +362,7 @@ if __name__ == "__main__":
     if os.path.exists(run_dir):
         fail(f"--run-name {run_name}: {run_dir} already exists, choose another name")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    DATA, SAMPLING, MINIBATCHES = 1, 2, 3  # a draw is fixed by (seed, one of these, epoch or update), nothing else
+    DATA, SAMPLING, MINIBATCHES = 1, 2, 3  # streams: a training draw is fixed by (seed, stream, update)
 
     # data and models
     parts = {"train": None, "validation": args.eval_rows, args.eval_split: None}  # split -> most rows
@@ -386,6 +384,8 @@ if __name__ == "__main__":
     policy, ref_policy = (load(kind, path, dtype=torch.float32).to(device).eval() for _ in range(2))
     kind, path = AutoModelForSequenceClassification, args.reward_path
     reward_model, critic = (load(kind, path, dtype=torch.float32).to(device).eval() for _ in range(2))
+    if reward_model.config.num_labels != 1:
+        fail(f"--reward-path {args.reward_path} is no reward model: it must have exactly one output")
     parameters = [*policy.parameters(), *critic.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
     train, held_out = splits["train"], splits[args.eval_split]
@@ -432,18 +432,17 @@ if __name__ == "__main__":
         values = in_chunks(token_values, critic, size, *batch)  # (B, R)
 
         # 4 KL penalty and advantages
-        kl = logprobs - ref_logprobs  # (B, R), 0 off the actions; differs from official code (drpo.py:808): masked
+        kl = logprobs - ref_logprobs  # (B, R), 0 off the actions: differs from official code (drpo.py:808)
         rewards = make_rewards(kl, scores, action_mask, response_mask, args.kl_coef)
         advantages, returns = compute_gae(rewards, values, action_mask, args.gamma, args.gae_lambda)
-        # differs from official code (drpo.py:817, 830): rewards are not whitened, advantages over actions only
-        advantages = masked_whiten(advantages, action_mask)
+        advantages = masked_whiten(advantages, action_mask)  # differs from official code (drpo.py:817, 830): actions
         clock.append(time.perf_counter())
 
         # 5 PPO epochs
         stats, rng = [], np.random.default_rng([args.seed, MINIBATCHES, update])
         orders = [torch.from_numpy(rng.permutation(args.batch_size)).to(device) for _ in range(args.num_ppo_epochs)]
         for minibatch in [part for shuffled in orders for part in shuffled.split(args.minibatch_size)]:
-            num_actions, sums = action_mask[minibatch].sum(), Counter()
+            num_actions, sums = action_mask[minibatch].sum(), Counter()  # differs from official code (drpo.py:874)
             for micro in minibatch.split(size):
                 mask, part = action_mask[micro], [tensor[micro] for tensor in batch]
                 new_logprobs = token_logprobs(policy, *part, mask, temperature)
@@ -456,7 +455,6 @@ if __name__ == "__main__":
                     "policy/clipfrac": log_ratio.expm1().abs() > args.clip_coef,
                     "policy/ratio_error": log_ratio.expm1().abs(),
                 }  # each (micro, R)
-                # differs from official code (drpo.py:874): the value loss, too, averages over actions only
                 terms = {name: (term * mask).sum() / num_actions for name, term in terms.items()}
                 (terms["loss/policy"] + args.vf_coef * terms["loss/value"]).backward()
                 sums.update({name: term.item() for name, term in terms.items()})

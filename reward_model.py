@@ -1,10 +1,11 @@
-"""Reward model: a scalar head on the SFT model, trained on preference pairs with the Bradley-Terry loss.
+r"""Reward model: a scalar head on the SFT model, trained on preference pairs with the Bradley-Terry loss.
 
 The score of a prompt with a response is read at the response's last token, its EOS. After training the scores are
 centred so that reference responses average 0; the constant is stored in the config as `score_mean`.
 
     python reward_model.py                                 # embedded task, about a minute on two cores
-    python reward_model.py --sft-path my_sft --dataset trl-lib/tldr-preference --reference-dataset trl-lib/tldr
+    python reward_model.py --sft-path my_sft --dataset trl-lib/tldr-preference --reference-dataset trl-lib/tldr \
+        --eval-split validation --learning-rate 3e-6 --num-epochs 1 --batch-size 64 --prompt-length 512
 
 DR-PO = arXiv:2404.08495v3, N+ = arXiv:2403.17031. "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr:
  1. references are scored at their real EOS; the official centring (rm.py:587) reads a padding position.
@@ -44,7 +45,7 @@ class Args:
     output_dir: str = "models/reward"
     """folder for the final model; a folder already there is kept under a numbered name"""
     run_name: str = ""
-    """folder under runs/ for metrics.jsonl, args.json and the picture; empty: script, seed and time"""
+    """folder under runs/ for metrics.jsonl and args.json; empty: script, seed and time"""
     eval_split: str = "test"
     """split for the final table"""
 
@@ -83,7 +84,7 @@ def load(auto_class, path, **kwargs):
 
 
 def build_missing(*wanted):
-    """Checks every checkpoint (path, default path, script) that the user named, then trains the missing default ones."""
+    """Checks every checkpoint (path, default path, script) that the user named, then trains the missing defaults."""
     for path, default, script in sorted(wanted, key=lambda item: item[0] == item[1]):
         if path != default:
             load(AutoTokenizer, path)
@@ -113,10 +114,10 @@ def load_rows(dataset, split, columns):
 
 
 def encode(tokenizer, texts, kind, max_length):
-    """Token ids of each text. Prompts are cut from the left, responses get EOS and are cut from the right."""
-    ids = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"]
-    if kind == "responses":
-        ids = [row + [tokenizer.eos_token_id] for row in ids]
+    """Token ids of each text. Prompts are cut from the left, responses end at EOS and are cut from the right."""
+    ids, eos = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"], tokenizer.eos_token_id
+    if kind == "responses":  # some datasets spell the EOS out in the text: the first one ends the response
+        ids = [row[: [*row, eos].index(eos)] + [eos] for row in ids]
     cut = sum(len(row) > max_length for row in ids)
     if cut:
         print(f"note: {cut} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
@@ -190,7 +191,7 @@ def log_metrics(run_dir, writer, metrics):
 
 
 def save_folder(path, *parts):
-    """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2, .."""
+    """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2."""
     path = os.path.normpath(path)
     for part in parts:
         part.save_pretrained(f"{path}.tmp")
@@ -206,7 +207,6 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     run_name = args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
     run_dir = os.path.join("runs", run_name)
     if os.path.exists(run_dir):

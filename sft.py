@@ -1,14 +1,15 @@
-"""Supervised fine-tuning (SFT): the policy that ppo.py, drpo.py and dpo.py start from and stay near.
+r"""Supervised fine-tuning (SFT): the policy that ppo.py, drpo.py and dpo.py start from and stay near.
 
 Next-token loss on the dataset's responses. A base model folder without weights (data/tiny_pythia) is initialised from
 its config; with the prompt tokens in the loss, as in the official code, that run doubles as its pretraining.
 
     python sft.py                                          # embedded task, about a minute and a half on two cores
-    python sft.py --base-model EleutherAI/pythia-1b-deduped --dataset trl-lib/tldr --learning-rate 3e-6 --num-epochs 1
+    python sft.py --base-model EleutherAI/pythia-1b-deduped --dataset trl-lib/tldr --learning-rate 3e-6 --num-epochs 1 \
+        --batch-size 64 --prompt-length 512 --response-length 53
 
 N+ = arXiv:2403.17031. "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr. What differs from it:
  1. responses are padded by mask and end in a real EOS target; nothing is learned on padding.
- 2. linear learning-rate decay (the paper's; the official code decays by a cosine), full fine-tuning instead of LoRA.
+ 2. linear learning-rate decay (the paper's; the official code decays by a cosine), beta2 0.95, no dropout, no LoRA.
 """
 
 import json
@@ -38,7 +39,7 @@ class Args:
     output_dir: str = "models/sft"
     """folder for the final model; a folder already there is kept under a numbered name"""
     run_name: str = ""
-    """folder under runs/ for metrics.jsonl, args.json and the picture; empty: script, seed and time"""
+    """folder under runs/ for metrics.jsonl and args.json; empty: script, seed and time"""
 
     # algorithm
     num_epochs: int = 6
@@ -96,10 +97,10 @@ def load_rows(dataset, split, columns):
 
 
 def encode(tokenizer, texts, kind, max_length):
-    """Token ids of each text. Prompts are cut from the left, responses get EOS and are cut from the right."""
-    ids = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"]
-    if kind == "responses":
-        ids = [row + [tokenizer.eos_token_id] for row in ids]
+    """Token ids of each text. Prompts are cut from the left, responses end at EOS and are cut from the right."""
+    ids, eos = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"], tokenizer.eos_token_id
+    if kind == "responses":  # some datasets spell the EOS out in the text: the first one ends the response
+        ids = [row[: [*row, eos].index(eos)] + [eos] for row in ids]
     cut = sum(len(row) > max_length for row in ids)
     if cut:
         print(f"note: {cut} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
@@ -183,7 +184,7 @@ def log_metrics(run_dir, writer, metrics):
 
 
 def save_folder(path, *parts):
-    """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2, .."""
+    """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2."""
     path = os.path.normpath(path)
     for part in parts:
         part.save_pretrained(f"{path}.tmp")
@@ -199,7 +200,6 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     run_name = args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
     run_dir = os.path.join("runs", run_name)
     if os.path.exists(run_dir):

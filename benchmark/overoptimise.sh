@@ -7,5 +7,6 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 for script in ppo drpo; do
   python $script.py --kl-coef 0 --total-episodes 12800 --eval-every 20 --run-name overoptimise_$script \
     --sft-path models/seeds_1/sft --reward-path models/seeds_1/reward --output-dir models/overoptimise_$script &
+  pids="${pids:-} $!"
 done
-wait
+for pid in $pids; do wait "$pid"; done

@@ -66,6 +66,7 @@ CASES = {
     "ppo: reward model missing": ("ppo.py", flags("--reward-path", "/no/such/reward"), "/no/such/reward"),
     "ppo: no pad token": ("ppo.py", no_pad_token, "no pad token"),
     "ppo: other vocabulary": ("ppo.py", other_vocabulary, "other_reward has another vocabulary"),
+    "ppo: no reward model": ("ppo.py", lambda models, folder: ("--reward-path", models.sft), "is no reward model"),
     "ppo: too few episodes": ("ppo.py", flags("--total-episodes", 63, "--batch-size", 64), "--total-episodes"),
     "ppo: odd minibatch": ("ppo.py", flags("--batch-size", 8, "--minibatch-size", 3), "--minibatch-size"),
     "drpo: beta high": ("drpo.py", flags("--beta", 1.5), "--beta 1.5"),
@@ -146,6 +147,14 @@ def test_long_responses_lose_their_end(capsys):
     assert whole[-1] == tokenizer.eos_token_id and tokenizer.decode(whole[:-1]) == text
     assert ppo.encode(tokenizer, [text], "responses", 3) == [whole[:3]]
     assert "1 of 1 responses" in capsys.readouterr().out
+
+
+def test_an_eos_in_the_text_ends_the_response():
+    # a second EOS would let a reset keep the first one, and leave the policy nothing to do
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia")
+    whole, spelled, more = (" my sister", " my sister<|endoftext|>", " my sister<|endoftext|> broke")
+    (expected,) = ppo.encode(tokenizer, [whole], "responses", 20)
+    assert ppo.encode(tokenizer, [spelled, more], "responses", 20) == [expected, expected]
 
 
 def test_a_batch_may_be_larger_than_the_train_split(models, tmp_path):

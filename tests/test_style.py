@@ -125,3 +125,17 @@ def test_import_does_nothing(path, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_shared_sections_are_the_same_text():
+    # the run folder and the writer, and what every script does before it reads data
+    for first, last in (
+        ("    # log\n", "SummaryWriter(run_dir)\n"),
+        ("    run_name = ", 'is_available() else "cpu")\n'),
+    ):
+        sections = {}
+        for path in SCRIPTS:
+            text = path.read_text()
+            start = text.index(first, text.index("__main__"))
+            sections.setdefault(text[start : text.index(last, start)], []).append(path.name)
+        assert len(sections) == 1, list(sections.values())

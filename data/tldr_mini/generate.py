@@ -95,7 +95,7 @@ def shuffled(rng, items):
 
 
 def draw_facts(rng):
-    """One value for each of the seven slots, as the words that appear in a post."""
+    """One value for each slot, as the words that appear in a post."""
     return {
         "who": f"my {pick(rng, PERSONS)}",
         "object": pick(rng, OBJECTS),
