@@ -237,7 +237,7 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
         cdf = (model.get_output_embeddings()(hidden).float() / temperature).softmax(-1).cumsum(-1)  # (rows, V)
         tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
         generated_ids[rows, t] = tokens
-        going = (tokens != eos) & (num_tokens[rows] > t + 1)
+        going = (tokens != eos) & (num_tokens[rows] > t + 1)  # differs from official code: a row ends at EOS
         if not going.any():
             break
         if not going.all():
@@ -250,7 +250,7 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
 def mask_to_eos(response_ids, eos):
     """Response mask (B, R): True up to and including the first EOS."""
     is_eos = (response_ids == eos).long()
-    return is_eos.cumsum(1) - is_eos == 0
+    return is_eos.cumsum(1) - is_eos == 0  # differs from official code (drpo.py:874, 881): nothing after EOS counts
 
 
 # new in DR-PO: resets
@@ -443,10 +443,10 @@ if __name__ == "__main__":
 
         # 2 new in DR-PO: choose reset points, roll out from there; the uniforms of the prefix go unused
         offline_ids, offline_mask = pad([row["reset_ids"] for row in rows], "right", device)  # (B, L)
-        rng = np.random.default_rng([args.seed, RESETS, update])
+        rng = np.random.default_rng([args.seed, RESETS, update])  # differs from official code (drpo.py:635): seeded
         reset_len = torch.from_numpy(sample_reset_len(offline_mask.sum(1).cpu().numpy(), args.beta, rng)).to(device)
         states = [row["prompt_ids"] + row["reset_ids"][:k] for row, k in zip(rows, reset_len.tolist())]
-        context = pad(states, "left", device)  # ids, mask (B, up to P + L)
+        context = pad(states, "left", device)  # (B, up to P + L); differs from official code: read in one forward pass
         column = torch.arange(args.response_length, device=device)  # (R,)
         uniforms = uniforms.gather(1, (column + reset_len.unsqueeze(1)).clamp(max=args.response_length - 1))
         budget = args.response_length - reset_len
@@ -492,6 +492,7 @@ if __name__ == "__main__":
                 terms = {name: (term * mask).sum() / num_actions for name, term in terms.items()}
                 (terms["loss/policy"] + args.vf_coef * terms["loss/value"]).backward()
                 sums.update({name: term.item() for name, term in terms.items()})
+            # differs from official code: the gradient is clipped, and AdamW decays no weights
             sums["policy/grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
             optimizer.step()
             optimizer.zero_grad()

@@ -230,7 +230,7 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
         cdf = (model.get_output_embeddings()(hidden).float() / temperature).softmax(-1).cumsum(-1)  # (rows, V)
         tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
         generated_ids[rows, t] = tokens
-        going = (tokens != eos) & (num_tokens[rows] > t + 1)
+        going = (tokens != eos) & (num_tokens[rows] > t + 1)  # differs from official code: a row ends at EOS
         if not going.any():
             break
         if not going.all():
@@ -243,7 +243,7 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
 def mask_to_eos(response_ids, eos):
     """Response mask (B, R): True up to and including the first EOS."""
     is_eos = (response_ids == eos).long()
-    return is_eos.cumsum(1) - is_eos == 0
+    return is_eos.cumsum(1) - is_eos == 0  # differs from official code (drpo.py:874, 881): nothing after EOS counts
 
 
 # rewards, advantages, losses
@@ -458,6 +458,7 @@ if __name__ == "__main__":
                 terms = {name: (term * mask).sum() / num_actions for name, term in terms.items()}
                 (terms["loss/policy"] + args.vf_coef * terms["loss/value"]).backward()
                 sums.update({name: term.item() for name, term in terms.items()})
+            # differs from official code: the gradient is clipped, and AdamW decays no weights
             sums["policy/grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
             optimizer.step()
             optimizer.zero_grad()

@@ -158,7 +158,7 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
         cdf = (model.get_output_embeddings()(hidden).float() / temperature).softmax(-1).cumsum(-1)  # (rows, V)
         tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
         generated_ids[rows, t] = tokens
-        going = (tokens != eos) & (num_tokens[rows] > t + 1)
+        going = (tokens != eos) & (num_tokens[rows] > t + 1)  # differs from official code: a row ends at EOS
         if not going.any():
             break
         if not going.all():
@@ -171,7 +171,7 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
 def mask_to_eos(response_ids, eos):
     """Response mask (B, R): True up to and including the first EOS."""
     is_eos = (response_ids == eos).long()
-    return is_eos.cumsum(1) - is_eos == 0
+    return is_eos.cumsum(1) - is_eos == 0  # differs from official code (drpo.py:874, 881): nothing after EOS counts
 
 
 # measurement and files
