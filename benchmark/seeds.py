@@ -25,6 +25,7 @@ def commands(seed):
     return {
         "sft": ("sft.py", []),
         "reward": ("reward_model.py", ["--sft-path", f"{models}/sft"]),
+        "dpo": ("dpo.py", policy_flags[:2]),
         "ppo": ("ppo.py", policy_flags),
         "drpo": ("drpo.py", policy_flags),
     }

@@ -136,6 +136,8 @@ def test_shared_sections_are_the_same_text():
         sections = {}
         for path in SCRIPTS:
             text = path.read_text()
+            if path.name == "judge.py" and "log" in first:  # trains nothing, so it has no metrics to write
+                continue
             start = text.index(first, text.index("__main__"))
             sections.setdefault(text[start : text.index(last, start)], []).append(path.name)
         assert len(sections) == 1, list(sections.values())
