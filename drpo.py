@@ -395,8 +395,6 @@ if __name__ == "__main__":
     build_missing(sft, reward)
     size, temperature, tokenizer = args.micro_batch_size, args.temperature, load(AutoTokenizer, args.sft_path)
     eos = tokenizer.eos_token_id
-    if tokenizer.pad_token is None:
-        fail(f"the tokenizer at {args.sft_path} has no pad token: set tokenizer.pad_token and save it again")
     if load(AutoTokenizer, args.reward_path).get_vocab() != tokenizer.get_vocab():
         fail(f"--reward-path {args.reward_path} has another vocabulary than --sft-path {args.sft_path}")
     for split, rows in splits.items():

@@ -54,7 +54,7 @@ class Args:
     """folder or hub name of the supervised policy (pi_SFT): start and KL anchor; the default is trained if missing"""
     reward_path: str = "models/reward"
     """folder or hub name of the reward model; the default belongs to models/sft and is trained if missing"""
-    cache_dir: str = "runs/judge"
+    cache_dir: str = "runs/judge_cache"
     """folder for generations and verdicts; those that still fit are used again, none is removed"""
     run_name: str = ""
     """folder under runs/ for table.md, result.json and args.json; empty: script, seed and time"""

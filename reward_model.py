@@ -220,8 +220,6 @@ if __name__ == "__main__":
     references = load_rows(args.reference_dataset, "train", ("prompt", "completion"))[:1000]
     build_missing((args.sft_path, Args.sft_path, "sft.py"))
     size, tokenizer = args.micro_batch_size, load(AutoTokenizer, args.sft_path)
-    if tokenizer.pad_token is None:
-        fail(f"the tokenizer at {args.sft_path} has no pad token: set tokenizer.pad_token and save it again")
     for rows in splits.values():
         ids = {"prompt_ids": encode(tokenizer, [row["prompt"] for row in rows], "prompts", args.prompt_length)}
         for name in ("chosen", "rejected"):

@@ -210,8 +210,6 @@ if __name__ == "__main__":
     # data and model
     size, tokenizer = args.micro_batch_size, load(AutoTokenizer, args.base_model)
     eos = tokenizer.eos_token_id
-    if tokenizer.pad_token is None:
-        fail(f"the tokenizer at {args.base_model} has no pad token: set tokenizer.pad_token and save it again")
     splits = {}
     for split in ("train", "validation"):
         rows = load_rows(args.dataset, split, ("prompt", "completion"))
@@ -227,6 +225,11 @@ if __name__ == "__main__":
         print(f"{args.base_model} holds no weights: initialising at random from its config")
         torch.manual_seed(args.seed)
         policy = AutoModelForCausalLM.from_config(load(AutoConfig, args.base_model), dtype=torch.float32).to(device)
+    if policy.get_input_embeddings().num_embeddings < len(tokenizer):
+        fail(
+            f"{args.base_model}: the tokenizer has {len(tokenizer)} tokens, the embedding only "
+            f"{policy.get_input_embeddings().num_embeddings} rows: resize it, or take the tokenizer that belongs to it"
+        )
     policy.eval()  # note: no dropout, here as in the RL scripts
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0

@@ -1,6 +1,5 @@
 """Bad input: one line that names what is wrong, exit code 2, nothing written."""
 
-import json
 import shutil
 
 import pytest
@@ -34,15 +33,6 @@ def empty_split(models, folder):
     return "--dataset", folder / "dataset"
 
 
-def no_pad_token(models, folder):
-    shutil.copytree(models.sft, folder / "no_pad")
-    file = folder / "no_pad" / "tokenizer_config.json"
-    config = json.loads(file.read_text())
-    del config["pad_token"]
-    file.write_text(json.dumps(config))
-    return "--sft-path", folder / "no_pad"
-
-
 def other_vocabulary(models, folder):
     shutil.copytree(models.reward, folder / "other_reward")
     tokenizer = AutoTokenizer.from_pretrained(models.reward)
@@ -64,7 +54,6 @@ CASES = {
     "ppo: split missing": ("ppo.py", flags("--eval-split", "nowhere"), "'nowhere'"),
     "ppo: SFT missing": ("ppo.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
     "ppo: reward model missing": ("ppo.py", flags("--reward-path", "/no/such/reward"), "/no/such/reward"),
-    "ppo: no pad token": ("ppo.py", no_pad_token, "no pad token"),
     "ppo: other vocabulary": ("ppo.py", other_vocabulary, "other_reward has another vocabulary"),
     "ppo: no reward model": ("ppo.py", lambda models, folder: ("--reward-path", models.sft), "is no reward model"),
     "ppo: too few episodes": ("ppo.py", flags("--total-episodes", 63, "--batch-size", 64), "--total-episodes"),
@@ -83,7 +72,6 @@ CASES = {
     "dpo: column missing": ("dpo.py", dataset("preference", without("rejected")), "'rejected'"),
     "dpo: response blank": ("dpo.py", dataset("preference", blank("chosen", 2)), "row 2, column 'chosen'"),
     "dpo: SFT missing": ("dpo.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
-    "dpo: no pad token": ("dpo.py", no_pad_token, "no pad token"),
     "dpo: beta zero": ("dpo.py", flags("--beta", 0), "--beta 0"),
     "dpo: batch too large": ("dpo.py", flags("--batch-size", 1000), "--batch-size 1000"),
 }
