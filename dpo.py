@@ -14,13 +14,13 @@ DPO = arXiv:2305.18290, DR-PO = arXiv:2404.08495v3. "Official code" is Cornell-R
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,13 @@ class Args:
     seed: int = 1
     """seed of every random draw: data order"""
     dataset: str = "data/tldr_mini/preference"
-    """hub name, folder or .jsonl file with `prompt`, `chosen` and `rejected`"""
+    """hub name, folder or .jsonl/.parquet file with `prompt`, `chosen` and `rejected`"""
+    dataset_config: str = ""
+    """configuration of a hub dataset, such as 3.0.0 of cnn_dailymail"""
+    train_split: str = "train"
+    """split to train on"""
+    validation_split: str = "validation"
+    """split to watch in training"""
     sft_path: str = "models/sft"
     """folder or hub name of the supervised policy (pi_SFT): start and KL anchor; the default is trained if missing"""
     output_dir: str = "models/dpo"
@@ -91,33 +97,36 @@ def build_missing(*wanted):
                 fail(f"{script} did not finish")
 
 
-def load_rows(dataset, split, columns):
-    """One split of a dataset as a list of dicts; every row must have text in each of `columns`."""
-    local = os.path.exists(dataset)  # note: streamed, because the cache of `datasets` misses edits of local files
-    source = ("json", None, None, {split: dataset}) if os.path.isfile(dataset) else (dataset,)
-    try:
-        rows = list(datasets.load_dataset(*source, split=split, streaming=local))
-    except Exception as error:  # datasets raises many kinds; the first line says what went wrong
-        fail(f"--dataset {dataset}, split {split!r}: {(str(error) or repr(error)).splitlines()[0]}")
-    for column in columns:
-        if not rows or column not in rows[0]:
-            fail(
-                f"--dataset {dataset}, split {split!r}: no column {column!r} in {list(rows[0]) if rows else 'no rows'}"
-            )
-        for number, row in enumerate(rows):
-            if not isinstance(row[column], str) or not row[column].strip():
-                fail(f"--dataset {dataset}, split {split!r}, row {number}, column {column!r}: empty or not text")
-    return rows
+def load_rows(dataset, config, splits, columns, tokenizer):
+    """Split -> list of dicts with text in `columns`. data/rows.py reads and checks; it knows the shapes of public data."""
+    reader = os.path.join(os.path.dirname(__file__), "data", "rows.py")
+    flags = ["--config", config, "--tokenizer", tokenizer, "--columns", *columns, "--splits", *dict.fromkeys(splits)]
+    done = subprocess.run([sys.executable, reader, dataset, *flags], stdout=subprocess.PIPE)
+    if done.returncode != 0:
+        sys.exit(2)  # it has said why
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {split: [line["row"] for line in lines if line["split"] == split] for split in splits}
+
+
+def cut_post(text):
+    """A TL;DR prompt without the last paragraph of its post, or last sentence where it has only one; '' at the end."""
+    parts = re.fullmatch(r"(SUBREDDIT: .*?\n+POST: )(.*?)(\s*TL;DR:)", text, re.DOTALL)
+    post = parts and (parts[2].rpartition("\n")[0].rstrip() or " ".join(re.split(r"(?<=[.!?]) ", parts[2])[:-1]))
+    return f"{parts[1]}{post}{parts[3]}" if post else ""
 
 
 def encode(tokenizer, texts, kind, max_length):
-    """Token ids of each text. Prompts are cut from the left, responses end at EOS and are cut from the right."""
+    """Token ids of each text. Prompts are cut by cut_post or else from the left, responses end at EOS, cut from the right."""
     ids, eos = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"], tokenizer.eos_token_id
     if kind == "responses":  # some datasets spell the EOS out in the text: the first one ends the response
         ids = [row[: [*row, eos].index(eos)] + [eos] for row in ids]
-    cut = sum(len(row) > max_length for row in ids)
+    cut = [number for number, row in enumerate(ids) if len(row) > max_length]
+    for number in cut if kind == "prompts" else ():
+        text = cut_post(texts[number])
+        while text and len(ids[number]) > max_length:
+            ids[number], text = tokenizer(text)["input_ids"], cut_post(text)
     if cut:
-        print(f"note: {cut} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
+        print(f"note: {len(cut)} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
     return [row[-max_length:] if kind == "prompts" else row[:max_length] for row in ids]
 
 
@@ -215,8 +224,9 @@ if __name__ == "__main__":
 
     # data and model
     columns = ("prompt", "chosen", "rejected")
-    splits = {split: load_rows(args.dataset, split, columns) for split in ("train", "validation")}
-    train, validation = splits["train"], splits["validation"]
+    names = (args.train_split, args.validation_split)
+    splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path)
+    train, validation = (splits[name] for name in names)
     num_updates = args.num_epochs * len(train) // args.batch_size
     if num_updates < 1:
         fail(f"--num-epochs {args.num_epochs} of {len(train)} rows do not fill --batch-size {args.batch_size}")
@@ -257,7 +267,7 @@ if __name__ == "__main__":
         starts = tqdm(range(0, len(rows), size), desc=f"reference log-probs, {split}")
         parts = [in_chunks(pair_logprobs, policy, size, *tensors_of(rows[start : start + size])) for start in starts]
         ref_logprobs[split] = torch.cat(parts)
-    terms = pair_terms(ref_logprobs["validation"], ref_logprobs["validation"], args.beta)
+    terms = pair_terms(ref_logprobs[args.validation_split], ref_logprobs[args.validation_split], args.beta)
     results = {"before": {name: term.mean().item() for name, term in terms.items()}}
 
     progress = tqdm(range(1, num_updates + 1), unit="update")
@@ -267,7 +277,7 @@ if __name__ == "__main__":
 
         # 2 loss on a batch of pairs
         picked = order[(update - 1) * args.batch_size : update * args.batch_size]
-        batch = (*tensors_of([train[i] for i in picked]), ref_logprobs["train"][picked])
+        batch = (*tensors_of([train[i] for i in picked]), ref_logprobs[args.train_split][picked])
         means = Counter()
         for *part, part_ref_logprobs in zip(*(tensor.split(size) for tensor in batch)):
             terms = pair_terms(pair_logprobs(policy, *part), part_ref_logprobs, args.beta)
@@ -285,7 +295,7 @@ if __name__ == "__main__":
         metrics |= {"grad_norm": grad_norm, "learning_rate": group["lr"]}
         if update % args.eval_every == 0 or update == num_updates:
             logprobs = in_chunks(pair_logprobs, policy, size, *tensors_of(validation))
-            terms = pair_terms(logprobs, ref_logprobs["validation"], args.beta)
+            terms = pair_terms(logprobs, ref_logprobs[args.validation_split], args.beta)
             results["after"] = {name: term.mean().item() for name, term in terms.items()}
             metrics |= {f"eval/{name}": value for name, value in results["after"].items()}
             progress.set_postfix(loss=means["loss"], validation=metrics["eval/loss"])

@@ -24,7 +24,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-import datasets
 import numpy as np
 import torch
 import transformers
@@ -39,7 +38,13 @@ class Args:
     seed: int = 1
     """seed of every random draw: data order, sampling, minibatches"""
     dataset: str = "data/tldr_mini/reference"
-    """hub name, folder or .jsonl file with `prompt` and `completion` (and `rubric`, if quality can be computed)"""
+    """hub name, folder or .jsonl/.parquet file with `prompt` and `completion` (and `rubric`, if quality can be computed)"""
+    dataset_config: str = ""
+    """configuration of a hub dataset, such as 3.0.0 of cnn_dailymail"""
+    train_split: str = "train"
+    """split to train on"""
+    validation_split: str = "validation"
+    """split to watch in training"""
     sft_path: str = "models/sft"
     """folder or hub name of the supervised policy (pi_SFT): start and KL anchor; the default is trained if missing"""
     reward_path: str = "models/reward"
@@ -121,33 +126,36 @@ def build_missing(*wanted):
                 fail(f"{script} did not finish")
 
 
-def load_rows(dataset, split, columns):
-    """One split of a dataset as a list of dicts; every row must have text in each of `columns`."""
-    local = os.path.exists(dataset)  # note: streamed, because the cache of `datasets` misses edits of local files
-    source = ("json", None, None, {split: dataset}) if os.path.isfile(dataset) else (dataset,)
-    try:
-        rows = list(datasets.load_dataset(*source, split=split, streaming=local))
-    except Exception as error:  # datasets raises many kinds; the first line says what went wrong
-        fail(f"--dataset {dataset}, split {split!r}: {(str(error) or repr(error)).splitlines()[0]}")
-    for column in columns:
-        if not rows or column not in rows[0]:
-            fail(
-                f"--dataset {dataset}, split {split!r}: no column {column!r} in {list(rows[0]) if rows else 'no rows'}"
-            )
-        for number, row in enumerate(rows):
-            if not isinstance(row[column], str) or not row[column].strip():
-                fail(f"--dataset {dataset}, split {split!r}, row {number}, column {column!r}: empty or not text")
-    return rows
+def load_rows(dataset, config, splits, columns, tokenizer):
+    """Split -> list of dicts with text in `columns`. data/rows.py reads and checks; it knows the shapes of public data."""
+    reader = os.path.join(os.path.dirname(__file__), "data", "rows.py")
+    flags = ["--config", config, "--tokenizer", tokenizer, "--columns", *columns, "--splits", *dict.fromkeys(splits)]
+    done = subprocess.run([sys.executable, reader, dataset, *flags], stdout=subprocess.PIPE)
+    if done.returncode != 0:
+        sys.exit(2)  # it has said why
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {split: [line["row"] for line in lines if line["split"] == split] for split in splits}
+
+
+def cut_post(text):
+    """A TL;DR prompt without the last paragraph of its post, or last sentence where it has only one; '' at the end."""
+    parts = re.fullmatch(r"(SUBREDDIT: .*?\n+POST: )(.*?)(\s*TL;DR:)", text, re.DOTALL)
+    post = parts and (parts[2].rpartition("\n")[0].rstrip() or " ".join(re.split(r"(?<=[.!?]) ", parts[2])[:-1]))
+    return f"{parts[1]}{post}{parts[3]}" if post else ""
 
 
 def encode(tokenizer, texts, kind, max_length):
-    """Token ids of each text. Prompts are cut from the left, responses end at EOS and are cut from the right."""
+    """Token ids of each text. Prompts are cut by cut_post or else from the left, responses end at EOS, cut from the right."""
     ids, eos = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"], tokenizer.eos_token_id
     if kind == "responses":  # some datasets spell the EOS out in the text: the first one ends the response
         ids = [row[: [*row, eos].index(eos)] + [eos] for row in ids]
-    cut = sum(len(row) > max_length for row in ids)
+    cut = [number for number, row in enumerate(ids) if len(row) > max_length]
+    for number in cut if kind == "prompts" else ():
+        text = cut_post(texts[number])
+        while text and len(ids[number]) > max_length:
+            ids[number], text = tokenizer(text)["input_ids"], cut_post(text)
     if cut:
-        print(f"note: {cut} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
+        print(f"note: {len(cut)} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
     return [row[-max_length:] if kind == "prompts" else row[:max_length] for row in ids]
 
 
@@ -388,9 +396,9 @@ if __name__ == "__main__":
     DATA, SAMPLING, MINIBATCHES, RESETS = 1, 2, 3, 4  # streams: a training draw is fixed by (seed, stream, update)
 
     # data and models
-    parts = {"train": None, "validation": args.eval_rows, args.eval_split: None}  # split -> most rows
+    names = (args.train_split, args.validation_split, args.eval_split)
     columns = ("prompt", "completion", args.reset_column)  # new in DR-PO:
-    splits = {split: load_rows(args.dataset, split, columns)[:most] for split, most in parts.items()}
+    splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path)
     sft, reward = (args.sft_path, Args.sft_path, "sft.py"), (args.reward_path, Args.reward_path, "reward_model.py")
     build_missing(sft, reward)
     size, temperature, tokenizer = args.micro_batch_size, args.temperature, load(AutoTokenizer, args.sft_path)
@@ -412,7 +420,7 @@ if __name__ == "__main__":
         fail(f"--reward-path {args.reward_path} is no reward model: it must have exactly one output")
     parameters = [*policy.parameters(), *critic.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
-    train, held_out = splits["train"], splits[args.eval_split]
+    train, validation, held_out = (splits[name] for name in names)
     epochs = range(-(-args.total_episodes // len(train)))  # each a new shuffle of the train split
     order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
 
@@ -426,7 +434,7 @@ if __name__ == "__main__":
         SummaryWriter = None
     writer = SummaryWriter and SummaryWriter(run_dir)
     frozen = (ref_policy, reward_model, tokenizer)
-    history = [{"episodes": 0} | evaluate(policy, *frozen, splits["validation"], args, device)[1]]
+    history = [{"episodes": 0} | evaluate(policy, *frozen, validation[: args.eval_rows], args, device)[1]]
     progress = tqdm(range(1, num_updates + 1), unit="update")
     for update in progress:
         clock = [time.perf_counter()]
@@ -510,7 +518,7 @@ if __name__ == "__main__":
         metrics |= {name: float(np.mean([sums[name] for sums in stats])) for name in stats[0]}
         metrics |= {f"time/{name}": s for name, s in zip(("rollout", "score", "optimise"), np.diff(clock).tolist())}
         if update % args.eval_every == 0 or update == num_updates:
-            point = evaluate(policy, *frozen, splits["validation"], args, device)[1]
+            point = evaluate(policy, *frozen, validation[: args.eval_rows], args, device)[1]
             history.append({"episodes": update * args.batch_size} | point)
             metrics |= {f"eval/{name}": value for name, value in point.items()}
         log_metrics(run_dir, writer, metrics)

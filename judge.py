@@ -26,7 +26,6 @@ from email.utils import parsedate_to_datetime
 from string import Template
 from typing import Literal
 
-import datasets
 import numpy as np
 import torch
 import transformers
@@ -45,7 +44,9 @@ class Args:
     seed: int = 1
     """seed of every random draw: prompts, sampling, bootstrap"""
     dataset: str = "data/tldr_mini/reference"
-    """hub name, folder or .jsonl file with `prompt` and `completion` (and `rubric`, if quality can be computed)"""
+    """hub name, folder or .jsonl/.parquet file with `prompt` and `completion` (and `rubric`, if quality can be computed)"""
+    dataset_config: str = ""
+    """configuration of a hub dataset, such as 3.0.0 of cnn_dailymail"""
     split: str = "test"
     """split to judge on; `shifted` is the transfer test of the embedded task"""
     num_prompts: int = 0
@@ -124,33 +125,36 @@ def build_missing(*wanted):
                 fail(f"{script} did not finish")
 
 
-def load_rows(dataset, split, columns):
-    """One split of a dataset as a list of dicts; every row must have text in each of `columns`."""
-    local = os.path.exists(dataset)  # note: streamed, because the cache of `datasets` misses edits of local files
-    source = ("json", None, None, {split: dataset}) if os.path.isfile(dataset) else (dataset,)
-    try:
-        rows = list(datasets.load_dataset(*source, split=split, streaming=local))
-    except Exception as error:  # datasets raises many kinds; the first line says what went wrong
-        fail(f"--dataset {dataset}, split {split!r}: {(str(error) or repr(error)).splitlines()[0]}")
-    for column in columns:
-        if not rows or column not in rows[0]:
-            fail(
-                f"--dataset {dataset}, split {split!r}: no column {column!r} in {list(rows[0]) if rows else 'no rows'}"
-            )
-        for number, row in enumerate(rows):
-            if not isinstance(row[column], str) or not row[column].strip():
-                fail(f"--dataset {dataset}, split {split!r}, row {number}, column {column!r}: empty or not text")
-    return rows
+def load_rows(dataset, config, splits, columns, tokenizer):
+    """Split -> list of dicts with text in `columns`. data/rows.py reads and checks; it knows the shapes of public data."""
+    reader = os.path.join(os.path.dirname(__file__), "data", "rows.py")
+    flags = ["--config", config, "--tokenizer", tokenizer, "--columns", *columns, "--splits", *dict.fromkeys(splits)]
+    done = subprocess.run([sys.executable, reader, dataset, *flags], stdout=subprocess.PIPE)
+    if done.returncode != 0:
+        sys.exit(2)  # it has said why
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {split: [line["row"] for line in lines if line["split"] == split] for split in splits}
+
+
+def cut_post(text):
+    """A TL;DR prompt without the last paragraph of its post, or last sentence where it has only one; '' at the end."""
+    parts = re.fullmatch(r"(SUBREDDIT: .*?\n+POST: )(.*?)(\s*TL;DR:)", text, re.DOTALL)
+    post = parts and (parts[2].rpartition("\n")[0].rstrip() or " ".join(re.split(r"(?<=[.!?]) ", parts[2])[:-1]))
+    return f"{parts[1]}{post}{parts[3]}" if post else ""
 
 
 def encode(tokenizer, texts, kind, max_length):
-    """Token ids of each text. Prompts are cut from the left, responses end at EOS and are cut from the right."""
+    """Token ids of each text. Prompts are cut by cut_post or else from the left, responses end at EOS, cut from the right."""
     ids, eos = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"], tokenizer.eos_token_id
     if kind == "responses":  # some datasets spell the EOS out in the text: the first one ends the response
         ids = [row[: [*row, eos].index(eos)] + [eos] for row in ids]
-    cut = sum(len(row) > max_length for row in ids)
+    cut = [number for number, row in enumerate(ids) if len(row) > max_length]
+    for number in cut if kind == "prompts" else ():
+        text = cut_post(texts[number])
+        while text and len(ids[number]) > max_length:
+            ids[number], text = tokenizer(text)["input_ids"], cut_post(text)
     if cut:
-        print(f"note: {cut} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
+        print(f"note: {len(cut)} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
     return [row[-max_length:] if kind == "prompts" else row[:max_length] for row in ids]
 
 
@@ -493,7 +497,8 @@ if __name__ == "__main__":
     PROMPTS, BOOTSTRAP = 1, 2  # streams: a draw is fixed by (seed, stream)
 
     # data and models
-    rows = load_rows(args.dataset, args.split, ("prompt", "completion"))
+    columns = ("prompt", "completion")
+    rows = load_rows(args.dataset, args.dataset_config, (args.split,), columns, args.sft_path)[args.split]
     if args.num_prompts > len(rows):
         fail(f"--num-prompts {args.num_prompts}: the split {args.split!r} has only {len(rows)} rows")
     if args.num_prompts:

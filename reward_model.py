@@ -21,7 +21,6 @@ import sys
 import time
 from dataclasses import dataclass
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,11 @@ class Args:
     seed: int = 1
     """seed of every random draw: data order, initial weights of the head"""
     dataset: str = "data/tldr_mini/preference"
-    """hub name, folder or .jsonl file with `prompt`, `chosen` and `rejected` (and `rubric`, for the table by margin)"""
+    """hub name, folder or .jsonl/.parquet file with `prompt`, `chosen` and `rejected` (and `rubric`, for the table by margin)"""
+    dataset_config: str = ""
+    """configuration of a hub dataset, such as 3.0.0 of cnn_dailymail"""
+    train_split: str = "train"
+    """split to train on"""
     reference_dataset: str = "data/tldr_mini/reference"
     """dataset with `prompt` and `completion`, whose scores are centred to average 0"""
     sft_path: str = "models/sft"
@@ -94,33 +97,36 @@ def build_missing(*wanted):
                 fail(f"{script} did not finish")
 
 
-def load_rows(dataset, split, columns):
-    """One split of a dataset as a list of dicts; every row must have text in each of `columns`."""
-    local = os.path.exists(dataset)  # note: streamed, because the cache of `datasets` misses edits of local files
-    source = ("json", None, None, {split: dataset}) if os.path.isfile(dataset) else (dataset,)
-    try:
-        rows = list(datasets.load_dataset(*source, split=split, streaming=local))
-    except Exception as error:  # datasets raises many kinds; the first line says what went wrong
-        fail(f"--dataset {dataset}, split {split!r}: {(str(error) or repr(error)).splitlines()[0]}")
-    for column in columns:
-        if not rows or column not in rows[0]:
-            fail(
-                f"--dataset {dataset}, split {split!r}: no column {column!r} in {list(rows[0]) if rows else 'no rows'}"
-            )
-        for number, row in enumerate(rows):
-            if not isinstance(row[column], str) or not row[column].strip():
-                fail(f"--dataset {dataset}, split {split!r}, row {number}, column {column!r}: empty or not text")
-    return rows
+def load_rows(dataset, config, splits, columns, tokenizer):
+    """Split -> list of dicts with text in `columns`. data/rows.py reads and checks; it knows the shapes of public data."""
+    reader = os.path.join(os.path.dirname(__file__), "data", "rows.py")
+    flags = ["--config", config, "--tokenizer", tokenizer, "--columns", *columns, "--splits", *dict.fromkeys(splits)]
+    done = subprocess.run([sys.executable, reader, dataset, *flags], stdout=subprocess.PIPE)
+    if done.returncode != 0:
+        sys.exit(2)  # it has said why
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {split: [line["row"] for line in lines if line["split"] == split] for split in splits}
+
+
+def cut_post(text):
+    """A TL;DR prompt without the last paragraph of its post, or last sentence where it has only one; '' at the end."""
+    parts = re.fullmatch(r"(SUBREDDIT: .*?\n+POST: )(.*?)(\s*TL;DR:)", text, re.DOTALL)
+    post = parts and (parts[2].rpartition("\n")[0].rstrip() or " ".join(re.split(r"(?<=[.!?]) ", parts[2])[:-1]))
+    return f"{parts[1]}{post}{parts[3]}" if post else ""
 
 
 def encode(tokenizer, texts, kind, max_length):
-    """Token ids of each text. Prompts are cut from the left, responses end at EOS and are cut from the right."""
+    """Token ids of each text. Prompts are cut by cut_post or else from the left, responses end at EOS, cut from the right."""
     ids, eos = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"], tokenizer.eos_token_id
     if kind == "responses":  # some datasets spell the EOS out in the text: the first one ends the response
         ids = [row[: [*row, eos].index(eos)] + [eos] for row in ids]
-    cut = sum(len(row) > max_length for row in ids)
+    cut = [number for number, row in enumerate(ids) if len(row) > max_length]
+    for number in cut if kind == "prompts" else ():
+        text = cut_post(texts[number])
+        while text and len(ids[number]) > max_length:
+            ids[number], text = tokenizer(text)["input_ids"], cut_post(text)
     if cut:
-        print(f"note: {cut} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
+        print(f"note: {len(cut)} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
     return [row[-max_length:] if kind == "prompts" else row[:max_length] for row in ids]
 
 
@@ -216,8 +222,10 @@ if __name__ == "__main__":
 
     # data and model
     columns = ("prompt", "chosen", "rejected")
-    splits = {split: load_rows(args.dataset, split, columns) for split in ("train", args.eval_split)}
-    references = load_rows(args.reference_dataset, "train", ("prompt", "completion"))[:1000]
+    names = (args.train_split, args.eval_split)
+    splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path)
+    columns, config = ("prompt", "completion"), args.dataset_config if args.reference_dataset == args.dataset else ""
+    references = load_rows(args.reference_dataset, config, names[:1], columns, args.sft_path)[args.train_split][:1000]
     build_missing((args.sft_path, Args.sft_path, "sft.py"))
     size, tokenizer = args.micro_batch_size, load(AutoTokenizer, args.sft_path)
     for rows in splits.values():
@@ -235,7 +243,7 @@ if __name__ == "__main__":
     torch.nn.init.normal_(model.score.weight, std=1 / np.sqrt(model.score.in_features + 1))  # N+ detail 11
     model.eval()  # note: no dropout, here as in the RL scripts
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
-    train = splits["train"]
+    train = splits[args.train_split]
     num_updates = args.num_epochs * len(train) // args.batch_size
     if num_updates < 1:
         fail(f"--num-epochs {args.num_epochs} of {len(train)} rows do not fill --batch-size {args.batch_size}")

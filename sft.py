@@ -14,11 +14,12 @@ N+ = arXiv:2403.17031. "Official code" is Cornell-RL/drpo at bd825df, folder src
 
 import json
 import os
+import re
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
 
-import datasets
 import numpy as np
 import torch
 import transformers
@@ -33,7 +34,13 @@ class Args:
     seed: int = 1
     """seed of every random draw: data order, sampling, initial weights"""
     dataset: str = "data/tldr_mini/reference"
-    """hub name, folder or .jsonl file with `prompt` and `completion`"""
+    """hub name, folder or .jsonl/.parquet file with `prompt` and `completion`"""
+    dataset_config: str = ""
+    """configuration of a hub dataset, such as 3.0.0 of cnn_dailymail"""
+    train_split: str = "train"
+    """split to train on"""
+    validation_split: str = "validation"
+    """split to watch in training"""
     base_model: str = "data/tiny_pythia"
     """folder or hub name of the model to start from; a folder without weights is initialised from its config"""
     output_dir: str = "models/sft"
@@ -77,33 +84,36 @@ def load(auto_class, path, **kwargs):
         fail(f"cannot load {path}: {(str(error) or repr(error)).splitlines()[0]}")
 
 
-def load_rows(dataset, split, columns):
-    """One split of a dataset as a list of dicts; every row must have text in each of `columns`."""
-    local = os.path.exists(dataset)  # note: streamed, because the cache of `datasets` misses edits of local files
-    source = ("json", None, None, {split: dataset}) if os.path.isfile(dataset) else (dataset,)
-    try:
-        rows = list(datasets.load_dataset(*source, split=split, streaming=local))
-    except Exception as error:  # datasets raises many kinds; the first line says what went wrong
-        fail(f"--dataset {dataset}, split {split!r}: {(str(error) or repr(error)).splitlines()[0]}")
-    for column in columns:
-        if not rows or column not in rows[0]:
-            fail(
-                f"--dataset {dataset}, split {split!r}: no column {column!r} in {list(rows[0]) if rows else 'no rows'}"
-            )
-        for number, row in enumerate(rows):
-            if not isinstance(row[column], str) or not row[column].strip():
-                fail(f"--dataset {dataset}, split {split!r}, row {number}, column {column!r}: empty or not text")
-    return rows
+def load_rows(dataset, config, splits, columns, tokenizer):
+    """Split -> list of dicts with text in `columns`. data/rows.py reads and checks; it knows the shapes of public data."""
+    reader = os.path.join(os.path.dirname(__file__), "data", "rows.py")
+    flags = ["--config", config, "--tokenizer", tokenizer, "--columns", *columns, "--splits", *dict.fromkeys(splits)]
+    done = subprocess.run([sys.executable, reader, dataset, *flags], stdout=subprocess.PIPE)
+    if done.returncode != 0:
+        sys.exit(2)  # it has said why
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {split: [line["row"] for line in lines if line["split"] == split] for split in splits}
+
+
+def cut_post(text):
+    """A TL;DR prompt without the last paragraph of its post, or last sentence where it has only one; '' at the end."""
+    parts = re.fullmatch(r"(SUBREDDIT: .*?\n+POST: )(.*?)(\s*TL;DR:)", text, re.DOTALL)
+    post = parts and (parts[2].rpartition("\n")[0].rstrip() or " ".join(re.split(r"(?<=[.!?]) ", parts[2])[:-1]))
+    return f"{parts[1]}{post}{parts[3]}" if post else ""
 
 
 def encode(tokenizer, texts, kind, max_length):
-    """Token ids of each text. Prompts are cut from the left, responses end at EOS and are cut from the right."""
+    """Token ids of each text. Prompts are cut by cut_post or else from the left, responses end at EOS, cut from the right."""
     ids, eos = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"], tokenizer.eos_token_id
     if kind == "responses":  # some datasets spell the EOS out in the text: the first one ends the response
         ids = [row[: [*row, eos].index(eos)] + [eos] for row in ids]
-    cut = sum(len(row) > max_length for row in ids)
+    cut = [number for number, row in enumerate(ids) if len(row) > max_length]
+    for number in cut if kind == "prompts" else ():
+        text = cut_post(texts[number])
+        while text and len(ids[number]) > max_length:
+            ids[number], text = tokenizer(text)["input_ids"], cut_post(text)
     if cut:
-        print(f"note: {cut} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
+        print(f"note: {len(cut)} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
     return [row[-max_length:] if kind == "prompts" else row[:max_length] for row in ids]
 
 
@@ -210,9 +220,9 @@ if __name__ == "__main__":
     # data and model
     size, tokenizer = args.micro_batch_size, load(AutoTokenizer, args.base_model)
     eos = tokenizer.eos_token_id
-    splits = {}
-    for split in ("train", "validation"):
-        rows = load_rows(args.dataset, split, ("prompt", "completion"))
+    names = (args.train_split, args.validation_split)
+    splits = load_rows(args.dataset, args.dataset_config, names, ("prompt", "completion"), args.base_model)
+    for split, rows in splits.items():
         prompts = encode(tokenizer, [row["prompt"] for row in rows], "prompts", args.prompt_length)
         responses = encode(tokenizer, [row["completion"] for row in rows], "responses", args.response_length)
         splits[split] = [row | {"prompt_ids": p, "response_ids": r} for row, p, r in zip(rows, prompts, responses)]
@@ -234,7 +244,7 @@ if __name__ == "__main__":
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0
     )
-    train = splits["train"]
+    train, validation = (splits[name] for name in names)
     num_updates = args.num_epochs * len(train) // args.batch_size
     if num_updates < 1:
         fail(f"--num-epochs {args.num_epochs} of {len(train)} rows do not fill --batch-size {args.batch_size}")
@@ -282,7 +292,7 @@ if __name__ == "__main__":
         metrics = {"update": update, "epoch": update * args.batch_size / len(train), "loss": loss}
         metrics |= {"policy/grad_norm": grad_norm, "learning_rate": group["lr"]}
         if update == num_updates or update % max(1, len(train) // args.batch_size) == 0:
-            batch = tensors_of(splits["validation"], False)
+            batch = tensors_of(validation, False)
             logprobs = in_chunks(token_logprobs, policy, size, *batch, batch[-1], temperature=1.0)
             metrics["eval/loss"] = (-logprobs.sum() / batch[-1].sum()).item()
             progress.set_postfix(loss=loss, validation=metrics["eval/loss"])
@@ -290,7 +300,7 @@ if __name__ == "__main__":
 
     # 4 save, show samples
     save_folder(args.output_dir, policy, tokenizer)
-    rows = splits["validation"]
+    rows = validation
     prompts = pad([row["prompt_ids"] for row in rows], "left", device)  # ids (B, P), mask (B, P)
     rng = np.random.default_rng([args.seed, SAMPLING])
     uniforms = torch.from_numpy(rng.random((len(rows), args.response_length), dtype=np.float32)).to(device)

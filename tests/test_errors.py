@@ -119,7 +119,8 @@ def test_a_base_model_without_weights_is_said_so(models):
 
 def test_long_prompts_are_cut_from_the_left(capsys):
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia")
-    texts = [row["prompt"] for row in read_rows(ROOT / "data/tldr_mini/reference/test.jsonl")[:9]]
+    prompts = [row["prompt"] for row in read_rows(ROOT / "data/tldr_mini/reference/test.jsonl")[:9]]
+    texts = [f"\n\nHuman: {prompt} And?\n\nAssistant:" for prompt in prompts]  # no TL;DR prompt any more
     whole = ppo.encode(tokenizer, texts, "prompts", 1000)
     assert capsys.readouterr().out == ""
     limit = sorted(len(ids) for ids in whole)[4]
@@ -157,7 +158,10 @@ def test_a_batch_may_be_larger_than_the_train_split(models, tmp_path):
     [
         (lambda folder: ("--sft-path", folder / "no_sft"), "no_sft"),
         (lambda folder: ("--reward-path", folder / "no_reward"), "no_reward"),
-        (lambda folder: ("--dataset", write_dataset(folder / "data", "preference")), "'completion'"),
+        (
+            lambda folder: ("--dataset", write_dataset(folder / "data", "reference", edit=without("completion"))),
+            "'completion'",
+        ),
     ],
     ids=["sft path", "reward path", "dataset"],
 )
