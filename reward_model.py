@@ -319,6 +319,8 @@ if __name__ == "__main__":
             if inside.any():
                 means = {"accuracy": float(correct[inside].mean()), "best": float(best[inside].mean())}
                 result[name] = {"pairs": int(inside.sum())} | means
+    for row in result.values():
+        row["stderr"] = (row["accuracy"] * (1 - row["accuracy"]) / row["pairs"]) ** 0.5  # of the accuracy
     with open(os.path.join(run_dir, "result.json"), "w") as file:
         json.dump(result, file, indent=2)
     print(f"\n{args.eval_split} pairs".ljust(26) + "".join(f"{name:>10}" for name in result["all"]))

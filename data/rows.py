@@ -23,6 +23,7 @@ import argparse
 import glob
 import gzip
 import json
+import logging
 import os
 import sys
 from collections import Counter
@@ -56,6 +57,8 @@ def broken_line(path):
 def read(dataset, config, split):
     """All rows of a split, as the library gives them."""
     import datasets  # here, because it takes a second
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a README without a header is no news
 
     # note: local data is streamed, because the cache of `datasets` misses edits of local files
     local, kind = os.path.exists(dataset), "parquet" if ".parquet" in dataset else "json"
@@ -99,6 +102,8 @@ def standard_row(row, tokenizer):
     if "summaries" in row:
         post, choice = row["info"], row["choice"]
         prompt = f"SUBREDDIT: r/{post['subreddit']}\nTITLE: {post['title']}\nPOST: {post['post']}\nTL;DR:"
+        if not post["post"]:  # some of its validation rows are news
+            prompt = f"{post['article']}\nTL;DR:"
         texts = [" " + summary["text"].strip() for summary in row["summaries"]]
         return {"prompt": prompt, "completion": texts[choice], "chosen": texts[choice], "rejected": texts[1 - choice]}
     if "article" in row and "highlights" in row:

@@ -47,6 +47,8 @@ def comparison(choice):
     return {"info": info, "summaries": [{"text": " first"}, {"text": "second "}], "choice": choice, "extra": {}}
 
 
+news = comparison(0)
+news["info"] = {"id": "n", "article": "an article", "subreddit": None, "title": "a title", "post": None}
 POST = "SUBREDDIT: r/tifu\nTITLE: a title\nPOST: a post\nof two lines\nTL;DR:"
 DIALOGUE = f"{HUMAN}hi{ASSISTANT} hello{HUMAN}why?{ASSISTANT}"
 ASKED, CHAT = [turn("user", "hi")], "<user>hi<assistant>"
@@ -76,6 +78,7 @@ SHAPES = {
     ),
     "openai, first": (comparison(0), {"prompt": POST, "completion": " first", **pair(" first", " second")}),
     "openai, second": (comparison(1), {"prompt": POST, "completion": " second", **pair(" second", " first")}),
+    "openai, news": (news, {"prompt": "an article\nTL;DR:", "completion": " first", **pair(" first", " second")}),
     "article, highlights": (
         {"article": "news", "highlights": "short"},
         {"prompt": "news\nTL;DR:", "completion": " short"},
