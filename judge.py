@@ -367,12 +367,15 @@ def chat(client, messages, args, options, budget, stopped):
         response = None
         try:
             choice = client.chat_completion(messages, model=args.api_model, extra_body=options).choices[0]
-            return choice.message.content or "", choice.finish_reason
+            return str(choice.message.content or ""), choice.finish_reason
         except HTTPError as error:  # also no connection, or one that broke
             problem, response = error, getattr(error, "response", None)
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # not a chat completion
             problem = error
-        problem = f"{type(problem).__name__}: {problem}".replace(client.token, "***").splitlines()[0]
+            if isinstance(error.__context__, HTTPError):  # note: the client breaks on a refusal whose JSON is a list
+                problem, response = error.__context__, getattr(error.__context__, "response", None)
+        problem = f"{type(problem).__name__}: {problem}".replace(client.token, "***")
+        problem = " ".join(problem.split())[:500]  # the reason that a server gives is on a later line
         status = response.status_code if response is not None else 500
         if status in (400, 413, 422):
             return problem, "refused"
@@ -389,7 +392,7 @@ def collect_verdicts(requests, file, trusted, args, options):
     Each verdict is appended to `file` as it arrives; ends the program if the endpoint cannot be used. A refusal is held
     against the texts if the endpoint is `trusted`, that is has judged before, and against the settings if it has not.
     """
-    key = os.environ.get(args.api_key_env) or "no-key"  # note: with an empty one the user's hub token would be sent
+    key = os.environ.get(args.api_key_env, "").strip() or "no-key"  # note: without, the hub token is sent
     client = InferenceClient(base_url=args.api_base_url, api_key=key, timeout=args.api_timeout)
     get_session().event_hooks["request"] = []  # note: HF_HUB_OFFLINE is about the hub, not about this endpoint
     budget, stopped, lock = threading.Semaphore(args.max_requests), threading.Event(), threading.Lock()
@@ -423,7 +426,8 @@ def collect_verdicts(requests, file, trusted, args, options):
             pool.shutdown(cancel_futures=True)  # what is in flight is paid for: wait for it and write it down
             progress.close()
             if isinstance(error, (Stopped, KeyboardInterrupt)):
-                fail(f"{error or 'interrupted'}. {len(verdicts)} of {len(jobs)} verdicts came in; run again to go on")
+                reason = str(error) or "interrupted"
+                fail(f"{reason}. {len(verdicts)} of {len(jobs)} verdicts came in; run again to go on")
             raise
     return verdicts
 
@@ -445,9 +449,11 @@ def read_jsonl(path):
     """The rows of a JSONL file, none if it does not exist; a last line cut by a crash is removed from the file."""
     if not os.path.exists(path):
         return []
-    with open(path, "rb+") as file:
-        whole = file.read().rpartition(b"\n")[0]
-        file.truncate(len(whole) + 1 if whole else 0)
+    with open(path, "rb") as file:
+        data = file.read()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        os.truncate(path, len(whole))
     try:
         return [json.loads(line) for line in whole.decode().splitlines()]
     except ValueError as error:
@@ -483,10 +489,10 @@ if __name__ == "__main__":
             fail(f"--judge-prompt {args.judge_prompt} is neither tldr nor dialogue nor a text file: {error}")
         if not question.is_valid() or sorted(question.get_identifiers()) != ["a", "b", "prompt"]:
             fail(f"--judge-prompt {args.judge_prompt} must hold $prompt, $a and $b; any other $ is written $$")
-    if not re.fullmatch(r"https?://[^@\s]+", args.api_base_url):
-        fail(f"--api-base-url must start with http:// or https:// and hold no key; that goes to ${args.api_key_env}")
+    if not re.fullmatch(r"https?://(\[[^]@\s/]+\]|[^][:@\s/]+)(:\d+)?(/[^@\s]*)?", args.api_base_url):
+        fail(f"--api-base-url must look like http://host:8000/v1 and hold no key; that goes to ${args.api_key_env}")
     try:
-        options = dict(json.loads(args.api_options))
+        options = {**json.loads(args.api_options)}
     except (TypeError, ValueError) as error:
         fail(f"--api-options {args.api_options} is not a JSON object: {error}")
     run_name = args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
@@ -499,8 +505,8 @@ if __name__ == "__main__":
     # data and models
     columns = ("prompt", "completion")
     rows = load_rows(args.dataset, args.dataset_config, (args.split,), columns, args.sft_path)[args.split]
-    if args.num_prompts > len(rows):
-        fail(f"--num-prompts {args.num_prompts}: the split {args.split!r} has only {len(rows)} rows")
+    if not 0 <= args.num_prompts <= len(rows):
+        fail(f"--num-prompts {args.num_prompts}: the split {args.split!r} has {len(rows)} rows")
     if args.num_prompts:
         picked = np.random.default_rng([args.seed, PROMPTS]).choice(len(rows), args.num_prompts, replace=False)
         rows = [rows[i] for i in sorted(picked)]
@@ -580,7 +586,7 @@ if __name__ == "__main__":
             ids = encode(own, [line["completion"] for line in lines], "responses", sys.maxsize)
             ids = [row if line["eos"] or len(row) == 1 else row[:-1] for row, line in zip(ids, lines)]
             batch = (*prompts, *pad(ids, "right", device))
-            scores[name] = in_chunks(sequence_scores, model, size, *batch).cpu().numpy()
+            scores[name] = in_chunks(sequence_scores, model, size, *batch).cpu().double().numpy()
         return scores
 
     scores = score(args.reward_path, generations)
