@@ -79,11 +79,25 @@ def fail(message):
 
 
 def load(auto_class, path, **kwargs):
-    """`from_pretrained` of a folder or hub name; what is missing or broken there becomes one line."""
+    """`from_pretrained` of a folder or hub name, weights from safetensors alone; what fails there becomes one line."""
     try:
-        return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        fail(f"cannot load {path}: {(str(error) or repr(error)).splitlines()[0]}")
+        return auto_class.from_pretrained(path, **kwargs, **({"use_safetensors": True} if "dtype" in kwargs else {}))
+    except Exception as error:  # transformers, safetensors and the hub raise many kinds
+        fail(f"cannot load {path}: {(str(error) or repr(error)).strip().splitlines()[0]}")
+
+
+def check_size(model, path, tokenizer, length):
+    """Ends the program if the model has too few embeddings for the tokenizer or too few positions for `length` tokens."""
+    rows, positions = (
+        model.get_input_embeddings().num_embeddings,
+        getattr(model.config, "max_position_embeddings", None),
+    )
+    if rows < len(tokenizer):
+        fail(
+            f"{path}: the embedding has {rows} rows, the tokenizer {len(tokenizer)} tokens; resize it, or take its own"
+        )
+    if positions and positions < length:
+        fail(f"{path} has {positions} positions; --prompt-length and --response-length add up to {length}")
 
 
 def build_missing(*wanted):
@@ -240,6 +254,7 @@ if __name__ == "__main__":
         for number, row in enumerate(rows):
             row |= {name: column[number] for name, column in ids.items()}
     policy = load(AutoModelForCausalLM, args.sft_path, dtype=torch.float32).to(device)
+    check_size(policy, args.sft_path, tokenizer, args.prompt_length + args.response_length)
     policy.eval()  # note: no dropout, or the policy would not start equal to the reference
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
     epochs = range(args.num_epochs)  # each a new shuffle of the train split

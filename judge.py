@@ -107,11 +107,25 @@ def fail(message):
 
 
 def load(auto_class, path, **kwargs):
-    """`from_pretrained` of a folder or hub name; what is missing or broken there becomes one line."""
+    """`from_pretrained` of a folder or hub name, weights from safetensors alone; what fails there becomes one line."""
     try:
-        return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        fail(f"cannot load {path}: {(str(error) or repr(error)).splitlines()[0]}")
+        return auto_class.from_pretrained(path, **kwargs, **({"use_safetensors": True} if "dtype" in kwargs else {}))
+    except Exception as error:  # transformers, safetensors and the hub raise many kinds
+        fail(f"cannot load {path}: {(str(error) or repr(error)).strip().splitlines()[0]}")
+
+
+def check_size(model, path, tokenizer, length):
+    """Ends the program if the model has too few embeddings for the tokenizer or too few positions for `length` tokens."""
+    rows, positions = (
+        model.get_input_embeddings().num_embeddings,
+        getattr(model.config, "max_position_embeddings", None),
+    )
+    if rows < len(tokenizer):
+        fail(
+            f"{path}: the embedding has {rows} rows, the tokenizer {len(tokenizer)} tokens; resize it, or take its own"
+        )
+    if positions and positions < length:
+        fail(f"{path} has {positions} positions; --prompt-length and --response-length add up to {length}")
 
 
 def build_missing(*wanted):
@@ -549,6 +563,7 @@ if __name__ == "__main__":
         if not os.path.exists(file):
             kind = AutoModelForCausalLM
             policy = load(kind, path, dtype=torch.float32).to(device).eval()
+            check_size(policy, path, tokenizer, args.prompt_length + args.response_length)
             ref_policy = ref_policy or load(kind, args.sft_path, dtype=torch.float32).to(device).eval()
             lines = []
             for start in tqdm(range(0, len(rows), size), desc=path, unit="batch"):

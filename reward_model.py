@@ -79,11 +79,25 @@ def fail(message):
 
 
 def load(auto_class, path, **kwargs):
-    """`from_pretrained` of a folder or hub name; what is missing or broken there becomes one line."""
+    """`from_pretrained` of a folder or hub name, weights from safetensors alone; what fails there becomes one line."""
     try:
-        return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        fail(f"cannot load {path}: {(str(error) or repr(error)).splitlines()[0]}")
+        return auto_class.from_pretrained(path, **kwargs, **({"use_safetensors": True} if "dtype" in kwargs else {}))
+    except Exception as error:  # transformers, safetensors and the hub raise many kinds
+        fail(f"cannot load {path}: {(str(error) or repr(error)).strip().splitlines()[0]}")
+
+
+def check_size(model, path, tokenizer, length):
+    """Ends the program if the model has too few embeddings for the tokenizer or too few positions for `length` tokens."""
+    rows, positions = (
+        model.get_input_embeddings().num_embeddings,
+        getattr(model.config, "max_position_embeddings", None),
+    )
+    if rows < len(tokenizer):
+        fail(
+            f"{path}: the embedding has {rows} rows, the tokenizer {len(tokenizer)} tokens; resize it, or take its own"
+        )
+    if positions and positions < length:
+        fail(f"{path} has {positions} positions; --prompt-length and --response-length add up to {length}")
 
 
 def build_missing(*wanted):
@@ -238,6 +252,7 @@ if __name__ == "__main__":
     reference_prompts = encode(tokenizer, [row["prompt"] for row in references], "prompts", args.prompt_length)
     reference_ids = encode(tokenizer, [row["completion"] for row in references], "responses", args.response_length)
     model = load(AutoModelForSequenceClassification, args.sft_path, dtype=torch.float32, num_labels=1).to(device)
+    check_size(model, args.sft_path, tokenizer, args.prompt_length + args.response_length)
     model.config.pad_token_id = tokenizer.pad_token_id  # where AutoModelForSequenceClassification looks for the end
     torch.manual_seed(args.seed)
     torch.nn.init.normal_(model.score.weight, std=1 / np.sqrt(model.score.in_features + 1))  # N+ detail 11

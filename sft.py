@@ -77,11 +77,25 @@ def fail(message):
 
 
 def load(auto_class, path, **kwargs):
-    """`from_pretrained` of a folder or hub name; what is missing or broken there becomes one line."""
+    """`from_pretrained` of a folder or hub name, weights from safetensors alone; what fails there becomes one line."""
     try:
-        return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        fail(f"cannot load {path}: {(str(error) or repr(error)).splitlines()[0]}")
+        return auto_class.from_pretrained(path, **kwargs, **({"use_safetensors": True} if "dtype" in kwargs else {}))
+    except Exception as error:  # transformers, safetensors and the hub raise many kinds
+        fail(f"cannot load {path}: {(str(error) or repr(error)).strip().splitlines()[0]}")
+
+
+def check_size(model, path, tokenizer, length):
+    """Ends the program if the model has too few embeddings for the tokenizer or too few positions for `length` tokens."""
+    rows, positions = (
+        model.get_input_embeddings().num_embeddings,
+        getattr(model.config, "max_position_embeddings", None),
+    )
+    if rows < len(tokenizer):
+        fail(
+            f"{path}: the embedding has {rows} rows, the tokenizer {len(tokenizer)} tokens; resize it, or take its own"
+        )
+    if positions and positions < length:
+        fail(f"{path} has {positions} positions; --prompt-length and --response-length add up to {length}")
 
 
 def load_rows(dataset, config, splits, columns, tokenizer):
@@ -235,11 +249,7 @@ if __name__ == "__main__":
         print(f"{args.base_model} holds no weights: initialising at random from its config")
         torch.manual_seed(args.seed)
         policy = AutoModelForCausalLM.from_config(load(AutoConfig, args.base_model), dtype=torch.float32).to(device)
-    if policy.get_input_embeddings().num_embeddings < len(tokenizer):
-        fail(
-            f"{args.base_model}: the tokenizer has {len(tokenizer)} tokens, the embedding only "
-            f"{policy.get_input_embeddings().num_embeddings} rows: resize it, or take the tokenizer that belongs to it"
-        )
+    check_size(policy, args.base_model, tokenizer, args.prompt_length + args.response_length)
     policy.eval()  # note: no dropout, here as in the RL scripts
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0

@@ -1,10 +1,13 @@
 """Bad input: one line that names what is wrong, exit code 2, nothing written."""
 
+import json
 import shutil
 
 import pytest
+import torch
 from conftest import ROOT, read_rows, run_script, write_dataset
-from transformers import AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo
 
@@ -41,6 +44,35 @@ def other_vocabulary(models, folder):
     return "--reward-path", folder / "other_reward"
 
 
+def two_outputs(models, folder):
+    model = AutoModelForSequenceClassification.from_pretrained(models.sft, num_labels=2)
+    model.save_pretrained(folder / "two")
+    AutoTokenizer.from_pretrained(models.sft).save_pretrained(folder / "two")
+    return "--reward-path", folder / "two"
+
+
+def spoilt_weights(how):
+    def spoil(models, folder):
+        shutil.copytree(models.sft, folder / "spoilt")
+        file = folder / "spoilt" / "model.safetensors"
+        if how == "cut":
+            file.write_bytes(file.read_bytes()[:-1000])
+        elif how == "pickle":
+            torch.save(load_file(file), folder / "spoilt" / "pytorch_model.bin")
+        if how != "cut":
+            file.unlink()
+        return "--sft-path", folder / "spoilt"
+
+    return spoil
+
+
+def small_embedding(models, folder):
+    shutil.copytree(ROOT / "data/tiny_pythia", folder / "small")
+    config = json.loads((folder / "small/config.json").read_text())
+    (folder / "small/config.json").write_text(json.dumps(config | {"vocab_size": 500}))
+    return "--base-model", folder / "small"
+
+
 def flags(*values):
     return lambda models, folder: values
 
@@ -58,6 +90,13 @@ CASES = {
     "ppo: no reward model": ("ppo.py", lambda models, folder: ("--reward-path", models.sft), "is no reward model"),
     "ppo: too few episodes": ("ppo.py", flags("--total-episodes", 63, "--batch-size", 64), "--total-episodes"),
     "ppo: odd minibatch": ("ppo.py", flags("--batch-size", 8, "--minibatch-size", 3), "--minibatch-size"),
+    "ppo: two outputs": ("ppo.py", two_outputs, "is no reward model"),
+    "ppo: weights cut": ("ppo.py", spoilt_weights("cut"), "spoilt"),
+    "ppo: pickled weights": ("ppo.py", spoilt_weights("pickle"), "safetensors"),
+    "dpo: weights missing": ("dpo.py", spoilt_weights("none"), "safetensors"),
+    "ppo: context too short": ("ppo.py", flags("--prompt-length", 500), "512 positions"),
+    "reward: context too short": ("reward_model.py", flags("--response-length", 500), "512 positions"),
+    "sft: small embedding": ("sft.py", small_embedding, "the embedding has 500 rows"),
     "drpo: beta high": ("drpo.py", flags("--beta", 1.5), "--beta 1.5"),
     "drpo: beta negative": ("drpo.py", flags("--beta", -0.1), "--beta -0.1"),
     "drpo: reset column missing": ("drpo.py", flags("--reset-column", "draft"), "'draft'"),

@@ -93,8 +93,8 @@ def test_every_field_is_explained_and_read(path):
 def test_scripts_stay_short():
     lengths = {path.name: len(path.read_text().splitlines()) for path in SCRIPTS}
     print(f"lines {lengths}")
-    assert lengths["ppo.py"] <= 510
-    assert lengths["drpo.py"] <= 550
+    assert lengths["ppo.py"] <= 520
+    assert lengths["drpo.py"] <= 565
     assert lengths["dpo.py"] <= 340
 
 
