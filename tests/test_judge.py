@@ -777,7 +777,10 @@ def test_a_question_of_ones_own(setup, first, cache):
     (cache / "question.txt").write_text(question)
     with ChatServer(honest) as server:
         flags = api_flags(server, cache, judge_prompt=cache / "question.txt")
+        judge_here(setup, "usual", *api_flags(server, cache), folder=cache, policies=setup.policies[:1])
+        before = len(server.requests)
         judge_here(setup, "own", *flags, folder=cache, policies=setup.policies[:1])
+        server.requests = server.requests[before:]  # the verdicts on the usual question do not count for this one
     for request in server.requests:
         quoted = ["\n".join(f"> {line}" for line in text.splitlines()) for text in request.texts]
         expected = f"Which is shorter? It costs 3 $.\n\nPost:\n{quoted[0]}\n\nSummary A:\n{quoted[1]}\n\nSummary B:\n"
@@ -846,7 +849,7 @@ TEMPORARY = {
     "502": lambda: Reply(502),
     "503": lambda: Reply(503, json.dumps({"error": {"message": "loading"}}).encode()),
     "503 list": lambda: Reply(503, json.dumps([{"error": "loading"}]).encode()),
-    "time-out": lambda: Reply(delay=10.0),
+    "time-out": lambda: Reply(**(vars(verdict("B")) | {"delay": 10.0})),
     "cut": lambda: Reply(**(vars(verdict("B")) | {"cut": True})),
     "empty": lambda: Reply(),
     "html": lambda: Reply(body=b"<html><body>Welcome to the proxy</body></html>"),
