@@ -74,7 +74,7 @@ class Args:
 
     # judge
     judge: Literal["auto", "rubric", "reward-model", "api"] = "auto"
-    """who compares completion and reference; auto: the rubric where the dataset has one, else the reward model"""
+    """who compares; auto: api if --api-model is named, else the rubric where the dataset has one, else reward-model"""
     judge_path: str = ""
     """second reward model for `--judge reward-model`; empty: --reward-path, which the policies were trained to please"""
     judge_prompt: str = "tldr"
@@ -343,7 +343,7 @@ def ask_pair(question, prompt, a, b):
 
 def parse_verdict(reply):
     """'A', 'B' or None. Only a reply of exactly the two lines asked for counts; a verdict quoted in it does not."""
-    match = re.fullmatch(r"\s*Comparison:[^\n]*\n\s*Preferred: *([AB])\.?\s*", reply)
+    match = re.fullmatch(r"\s*Comparison:[^\n]*\n\s*Preferred: *([AB])\.?\s*", reply.replace("*", ""))  # bold print
     return match and match[1]
 
 
@@ -401,7 +401,7 @@ def chat(client, messages, args, options, budget, stopped):
 
 
 def collect_verdicts(requests, file, trusted, args, options):
-    """Asks the api judge: key -> (a, b, messages) becomes key -> 'A', 'B' or None where it gave no verdict.
+    """Asks the api judge: key -> (prompt, a, b, messages) becomes key -> 'A', 'B' or None where it gave no verdict.
 
     Each verdict is appended to `file` as it arrives; ends the program if the endpoint cannot be used. A refusal is held
     against the texts if the endpoint is `trusted`, that is has judged before, and against the settings if it has not.
@@ -413,7 +413,7 @@ def collect_verdicts(requests, file, trusted, args, options):
     verdicts = {}
 
     def judge(key):
-        a, b, messages = requests[key]
+        prompt, a, b, messages = requests[key]
         for _ in range(2):  # a reply that cannot be read is asked for once more
             reply, reason = chat(client, messages, args, options, budget, stopped)
             verdict = parse_verdict(reply) if reason not in ("refused", "length") else None
@@ -423,8 +423,8 @@ def collect_verdicts(requests, file, trusted, args, options):
         with lock:
             if reason == "refused" and not trusted and not any(verdicts.values()):
                 raise Stopped(f"{args.api_base_url} refuses: {reply}")
-            line = {"key": key, "verdict": verdict, "a": a, "b": b, "finish_reason": reason, "reply": reply}
-            lines.write(json.dumps(line) + "\n")
+            line = {"key": key, "verdict": verdict, "finish_reason": reason, "reply": reply}
+            lines.write(json.dumps(line | {"prompt": prompt, "a": a, "b": b}) + "\n")
             lines.flush()
             verdicts[key] = verdict
 
@@ -526,7 +526,7 @@ if __name__ == "__main__":
         rows = [rows[i] for i in sorted(picked)]
     judge = args.judge
     if judge == "auto":
-        judge = "rubric" if "rubric" in rows[0] else "reward-model"
+        judge = "api" if args.api_model else "rubric" if "rubric" in rows[0] else "reward-model"
     if judge == "rubric" and "rubric" not in rows[0]:
         fail(f"--judge rubric: --dataset {args.dataset} has no column 'rubric' in {list(rows[0])}")
     if judge == "reward-model" and not args.judge_path:
@@ -614,7 +614,7 @@ if __name__ == "__main__":
         answers = {"": [{"completion": text, "eos": True} for text in references], **generations}
         judged = score(args.judge_path or args.reward_path, answers)
     else:
-        requests, asked = {}, {}  # key -> pair, messages; policy -> keys of each row, none where the texts are equal
+        requests, asked = {}, {}  # key -> texts, messages; policy -> keys of each row, none where the texts are equal
         for path, lines in generations.items():
             asked[path] = []
             for line in lines:
@@ -623,12 +623,12 @@ if __name__ == "__main__":
                     messages = ask_pair(question, line["prompt"], a, b)
                     content = [args.api_base_url, args.api_model, options, messages]
                     keys.append(hashlib.sha256(json.dumps(content).encode()).hexdigest())
-                    requests[keys[-1]] = (a, b, messages)
+                    requests[keys[-1]] = (line["prompt"], a, b, messages)
                 asked[path].append(keys)
         file = os.path.join(args.cache_dir, "verdicts.jsonl")
         known = {line["key"]: line["verdict"] for line in read_jsonl(file) if line["key"] in requests}
         pending = [key for key in requests if key not in known]
-        tokens = sum(len(json.dumps(requests[key][2])) for key in pending) // 4
+        tokens = sum(len(json.dumps(requests[key][-1])) for key in pending) // 4
         print(f"{len(pending)} requests to send, about {tokens:,} tokens long; {len(known)} verdicts are in {file}")
         if len(pending) > args.max_requests:
             fail(f"{len(pending)} requests are more than --max-requests {args.max_requests}; see --num-prompts")

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -156,6 +157,7 @@ def test_retry_delay():
         ("Comparison: A names the car.\r\nPreferred: B\r\n", "B"),
         ("Comparison: one says Preferred: B, and the other Comparison: B.\nPreferred: A", "A"),
         ("Comparison: Preferred: A\nPreferred: B", "B"),
+        ("**Comparison:** A names the car.\n\n**Preferred: A**", "A"),
         ("", None),
         ("A", None),
         ("Preferred: A", None),
@@ -257,13 +259,25 @@ def setup(models, tmp_path_factory):
 def run_here(*flags, cwd):
     """judge.py as `python judge.py` runs it, but in this process: the imports of a new one take most of its time."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        tempfile.TemporaryFile("w+") as err_of_rows,  # data/rows.py is a process and writes to the file descriptor
+    ):
         patch.setattr(sys, "argv", ["judge.py", *(str(flag) for flag in flags)])
         patch.chdir(cwd)
+        stderr = os.dup(2)
+        os.dup2(err_of_rows.fileno(), 2)
         try:
             runpy.run_path(str(ROOT / "judge.py"), run_name="__main__")
         except SystemExit as end:
             code = end.code
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        err_of_rows.seek(0)
+        err.write(err_of_rows.read())
     huggingface_hub.close_session()  # the next one is made anew, as in a process of its own
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
@@ -626,7 +640,7 @@ def test_nothing_is_trained_before_the_rest_is_checked(setup, tmp_path):
 @pytest.mark.parametrize("damage", [b"{broken\n", b"\n", b"\xff\xfe\n"], ids=repr)
 def test_a_damaged_file_of_verdicts(damage, setup, first):
     # between two whole lines, so that it cannot be what a crash left behind
-    file = setup.folder / "runs" / "judge" / "verdicts.jsonl"
+    file = setup.folder / "runs" / "judge_cache" / "verdicts.jsonl"
     whole = json.dumps({"key": "other", "verdict": "A"}).encode() + b"\n"
     file.write_bytes(whole + damage + whole)
     before, content = set((setup.folder / "runs").iterdir()), file.read_bytes()
@@ -815,7 +829,7 @@ def collect(server, folder, questions=FEW, trusted=False, options=(), **settings
     settings = {"api_backoff": 0.01, "api_timeout": 20.0} | settings
     args = judge.Args(judge="api", api_model="some-judge", api_base_url=url, **settings)
     question = Template(judge.QUESTIONS["tldr"])
-    requests = {f"key {n}": (a, b, judge.ask_pair(question, p, a, b)) for n, (p, a, b) in enumerate(questions)}
+    requests = {f"key {n}": (p, a, b, judge.ask_pair(question, p, a, b)) for n, (p, a, b) in enumerate(questions)}
     (folder / "cache").mkdir(exist_ok=True)
     file = str(folder / "cache" / "verdicts.jsonl")
     try:
@@ -1283,7 +1297,7 @@ def test_a_real_server(setup, first, cache):
         flags = ("--temperature", 1.0, "--judge", "api", "--api-base-url", url, "--api-model", model)
         command = (*setup.flags, *flags, *small, "--policies", *sft, "--run-name", "real")
         run = read_run(run_script("judge.py", *command, cwd=cache), cache, "real")
-    lines = read_rows(cache / "runs" / "judge" / "verdicts.jsonl")
+    lines = read_rows(cache / "runs" / "judge_cache" / "verdicts.jsonl")
     assert {(line["a"], line["b"]): line["verdict"] for line in lines} == {
         texts[1:]: letter for texts, letter in replies.items()
     }
