@@ -71,6 +71,8 @@ class Args:
     """most response tokens, EOS included"""
     micro_batch_size: int = 64
     """responses per forward pass; lower it to save memory, results agree to rounding"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the matrix products; weights, optimizer, log-probs and losses stay in float32"""
 
     # judge
     judge: Literal["auto", "rubric", "reward-model", "api"] = "auto"
@@ -514,6 +516,9 @@ if __name__ == "__main__":
     if os.path.exists(run_dir):
         fail(f"--run-name {run_name}: {run_dir} already exists, choose another name")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_autocast_dtype(device.type, torch.bfloat16)
+    torch.set_autocast_cache_enabled(False)  # note: its copies of the weights would outlive an optimizer step
+    torch.set_autocast_enabled(device.type, args.dtype == "bfloat16")
     PROMPTS, BOOTSTRAP = 1, 2  # streams: a draw is fixed by (seed, stream)
 
     # data and models

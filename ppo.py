@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -67,6 +68,8 @@ class Args:
     """responses per optimizer step"""
     micro_batch_size: int = 64
     """responses per forward and backward pass; lower it to save memory, results agree to rounding"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the matrix products; weights, optimizer, log-probs and losses stay in float32"""
     num_ppo_epochs: int = 4
     """passes over each batch"""
     learning_rate: float = 3e-4
@@ -384,6 +387,9 @@ if __name__ == "__main__":
     if os.path.exists(run_dir):
         fail(f"--run-name {run_name}: {run_dir} already exists, choose another name")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_autocast_dtype(device.type, torch.bfloat16)
+    torch.set_autocast_cache_enabled(False)  # note: its copies of the weights would outlive an optimizer step
+    torch.set_autocast_enabled(device.type, args.dtype == "bfloat16")
     DATA, SAMPLING, MINIBATCHES = 1, 2, 3  # streams: a training draw is fixed by (seed, stream, update)
 
     # data and models

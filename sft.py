@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -55,6 +56,8 @@ class Args:
     """rows per optimizer step"""
     micro_batch_size: int = 64
     """rows per forward and backward pass; lower it to save memory, results agree to rounding"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the matrix products; weights, optimizer, log-probs and losses stay in float32"""
     learning_rate: float = 4e-3
     """initial AdamW step size (eta), decays linearly to 0; 3e-6 in the paper, whose models are pretrained"""
     max_grad_norm: float = 1.0
@@ -229,6 +232,9 @@ if __name__ == "__main__":
     if os.path.exists(run_dir):
         fail(f"--run-name {run_name}: {run_dir} already exists, choose another name")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_autocast_dtype(device.type, torch.bfloat16)
+    torch.set_autocast_cache_enabled(False)  # note: its copies of the weights would outlive an optimizer step
+    torch.set_autocast_enabled(device.type, args.dtype == "bfloat16")
     DATA, SAMPLING = 1, 2  # a draw is fixed by (seed, one of these, epoch or update), nothing else
 
     # data and model

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import read_metrics, run_script, write_dataset
+from conftest import ROOT, read_metrics, run_script, write_dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo
@@ -62,6 +62,25 @@ def test_micro_batches_change_only_the_rounding(runs):
     first, micro = runs.drpo.metrics[0], runs.micro.metrics[0]
     rounding = [key for key in first if key != "policy/first_ratio_error"]  # which is nothing but rounding
     assert [micro[key] for key in rounding] == pytest.approx([first[key] for key in rounding], rel=1e-3, abs=1e-5)
+
+
+def test_bfloat16_learns_what_float32_learns(models, tmp_path):
+    # autocast's copies of the weights must not outlive an optimizer step: with stale ones hardly anything is learned
+    base = ("--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia", "--num-epochs", 2)
+    rl = (*models.flags, *SHORT, "--num-ppo-epochs", 4, "--learning-rate", 3e-3)
+    found = {}
+    for name, flags in {"float32": (), "bfloat16": ("--dtype", "bfloat16")}.items():
+        run_script("sft.py", *base, "--output-dir", f"sft_{name}", "--run-name", f"sft_{name}", *flags, cwd=tmp_path)
+        run_script("ppo.py", *rl, "--output-dir", f"ppo_{name}", "--run-name", f"ppo_{name}", *flags, cwd=tmp_path)
+        found[name] = read_metrics(tmp_path / "runs" / f"ppo_{name}")
+        found[name][-1]["sft"] = read_metrics(tmp_path / "runs" / f"sft_{name}")[-1]["eval/loss"]
+        assert all(line["policy/first_ratio_error"] < 1e-5 for line in found[name])
+    ours, theirs = found["bfloat16"], found["float32"]
+    assert ours[0]["objective/score"] != theirs[0]["objective/score"]  # it is another precision
+    assert ours[-1]["sft"] == pytest.approx(theirs[-1]["sft"], rel=0.03)
+    assert 0.5 < ours[-1]["objective/kl"] / theirs[-1]["objective/kl"] < 2
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo_bfloat16")
+    assert {tensor.dtype for tensor in weights.parameters()} == {torch.float32}
 
 
 def test_resets_are_logged(runs):
