@@ -108,6 +108,14 @@ def fail(message):
     sys.exit(2)
 
 
+def check_numbers(args, may_be_0):
+    """Ends the program at a flag whose number makes no sense; missing_eos_score alone may be negative."""
+    for name, value in vars(args).items():
+        number = type(value) in (int, float) and name != "missing_eos_score"
+        if number and not (value > 0 or (value == 0 and name in may_be_0)):
+            fail(f"--{name.replace('_', '-')} {value} must be {'at least' if name in may_be_0 else 'above'} 0")
+
+
 def load(auto_class, path, **kwargs):
     """`from_pretrained` of a folder or hub name, weights from safetensors alone; what fails there becomes one line."""
     try:
@@ -118,14 +126,9 @@ def load(auto_class, path, **kwargs):
 
 def check_size(model, path, tokenizer, length):
     """Ends the program if the model has too few embeddings for the tokenizer or too few positions for `length` tokens."""
-    rows, positions = (
-        model.get_input_embeddings().num_embeddings,
-        getattr(model.config, "max_position_embeddings", None),
-    )
+    rows, positions = model.get_input_embeddings().num_embeddings, getattr(model.config, "max_position_embeddings", 0)
     if rows < len(tokenizer):
-        fail(
-            f"{path}: the embedding has {rows} rows, the tokenizer {len(tokenizer)} tokens; resize it, or take its own"
-        )
+        fail(f"{path}: the embedding has {rows} rows, the tokenizer {len(tokenizer)} tokens; take its own tokenizer")
     if positions and positions < length:
         fail(f"{path} has {positions} positions; --prompt-length and --response-length add up to {length}")
 
@@ -209,8 +212,8 @@ def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)
     input_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, P + R)
     mask = torch.cat([prompt_mask, response_mask], dim=1)  # (B, P + R)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    hidden = model.base_model(input_ids=input_ids, attention_mask=mask, position_ids=positions).last_hidden_state
-    return hidden[:, prompt_ids.shape[1] - 1 :]
+    output = model.base_model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    return output.last_hidden_state[:, prompt_ids.shape[1] - 1 :]
 
 
 def token_logprobs(model, prompt_ids, prompt_mask, response_ids, response_mask, action_mask, temperature):
@@ -488,10 +491,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    positive = ("temperature", "train_temperature", "prompt_length", "response_length", "micro_batch_size")
-    for name in (*positive, "api_concurrency", "api_timeout", "api_tries"):
-        if getattr(args, name) <= 0:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
+    check_numbers(args, ("seed", "num_prompts", "max_requests", "api_backoff"))
     if not args.policies:
         fail("--policies needs at least one folder or hub name")
     if args.judge == "api" and not args.api_model:

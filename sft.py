@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -26,8 +27,10 @@ import torch
 import transformers
 import tyro
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 @dataclass
@@ -58,6 +61,14 @@ class Args:
     """rows per forward and backward pass; lower it to save memory, results agree to rounding"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the matrix products; weights, optimizer, log-probs and losses stay in float32"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory for a third more computation"""
+    lora_rank: int = 0
+    """rank of LoRA adapters, trained in place of the weights (r; 1024 in the paper); 0: all weights are trained"""
+    lora_alpha: float = 32
+    """adapters are scaled by this over the rank (alpha; 2048 in the paper)"""
+    lora_target: str = "all-linear"
+    """layers with adapters: all-linear, or names such as query_key_value,dense"""
     learning_rate: float = 4e-3
     """initial AdamW step size (eta), decays linearly to 0; 3e-6 in the paper, whose models are pretrained"""
     max_grad_norm: float = 1.0
@@ -79,6 +90,14 @@ def fail(message):
     sys.exit(2)
 
 
+def check_numbers(args, may_be_0):
+    """Ends the program at a flag whose number makes no sense; missing_eos_score alone may be negative."""
+    for name, value in vars(args).items():
+        number = type(value) in (int, float) and name != "missing_eos_score"
+        if number and not (value > 0 or (value == 0 and name in may_be_0)):
+            fail(f"--{name.replace('_', '-')} {value} must be {'at least' if name in may_be_0 else 'above'} 0")
+
+
 def load(auto_class, path, **kwargs):
     """`from_pretrained` of a folder or hub name, weights from safetensors alone; what fails there becomes one line."""
     try:
@@ -89,16 +108,36 @@ def load(auto_class, path, **kwargs):
 
 def check_size(model, path, tokenizer, length):
     """Ends the program if the model has too few embeddings for the tokenizer or too few positions for `length` tokens."""
-    rows, positions = (
-        model.get_input_embeddings().num_embeddings,
-        getattr(model.config, "max_position_embeddings", None),
-    )
+    rows, positions = model.get_input_embeddings().num_embeddings, getattr(model.config, "max_position_embeddings", 0)
     if rows < len(tokenizer):
-        fail(
-            f"{path}: the embedding has {rows} rows, the tokenizer {len(tokenizer)} tokens; resize it, or take its own"
-        )
+        fail(f"{path}: the embedding has {rows} rows, the tokenizer {len(tokenizer)} tokens; take its own tokenizer")
     if positions and positions < length:
         fail(f"{path} has {positions} positions; --prompt-length and --response-length add up to {length}")
+
+
+def make_trainable(model, frozen, args):
+    """Recomputed layers and LoRA adapters (arXiv:2106.09685) where args ask for them; -> what save_folder takes.
+
+    Under the adapters, at first without effect, lie the weights of `frozen`, stored once. The head `score` is trained too.
+    """
+    for layer in model.modules() if args.gradient_checkpointing else ():
+        if isinstance(layer, GradientCheckpointingLayer):  # every decoder layer is one
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if args.lora_rank == 0:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        fail("--lora-rank needs peft: pip install peft")
+    torch.manual_seed(args.seed)
+    model.load_state_dict(frozen.state_dict(), assign=True)
+    kind = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
+    names = args.lora_target if args.lora_target == "all-linear" else args.lora_target.split(",")
+    config = LoraConfig(task_type=kind, r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=names)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        fail(f"--lora-target {args.lora_target}: {str(error).splitlines()[0]}")
 
 
 def load_rows(dataset, config, splits, columns, tokenizer):
@@ -147,8 +186,8 @@ def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)
     input_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, P + R)
     mask = torch.cat([prompt_mask, response_mask], dim=1)  # (B, P + R)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    hidden = model.base_model(input_ids=input_ids, attention_mask=mask, position_ids=positions).last_hidden_state
-    return hidden[:, prompt_ids.shape[1] - 1 :]
+    output = model.base_model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    return output.last_hidden_state[:, prompt_ids.shape[1] - 1 :]
 
 
 def token_logprobs(model, prompt_ids, prompt_mask, response_ids, response_mask, action_mask, temperature):
@@ -214,6 +253,9 @@ def save_folder(path, *parts):
     """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2."""
     path = os.path.normpath(path)
     for part in parts:
+        if hasattr(part, "merge_and_unload"):  # with LoRA: the adapter alone, and the weights with it added
+            part.save_pretrained(os.path.join(f"{path}.tmp", "adapter"), save_embedding_layers=False)
+            part = part.merge_and_unload(safe_merge=True)  # safe: on a copy
         part.save_pretrained(f"{path}.tmp")
     if os.path.exists(path):
         number = next(n for n in range(1, 10**6) if not os.path.exists(f"{path}.{n}"))
@@ -227,6 +269,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    check_numbers(args, ("seed", "lora_rank"))
     run_name = args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
     run_dir = os.path.join("runs", run_name)
     if os.path.exists(run_dir):
@@ -257,6 +300,7 @@ if __name__ == "__main__":
         policy = AutoModelForCausalLM.from_config(load(AutoConfig, args.base_model), dtype=torch.float32).to(device)
     check_size(policy, args.base_model, tokenizer, args.prompt_length + args.response_length)
     policy.eval()  # note: no dropout, here as in the RL scripts
+    trained = make_trainable(policy, policy, args)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0
     )
@@ -315,7 +359,7 @@ if __name__ == "__main__":
         log_metrics(run_dir, writer, metrics)
 
     # 4 save, show samples
-    save_folder(args.output_dir, policy, tokenizer)
+    save_folder(args.output_dir, trained, tokenizer)
     rows = validation
     prompts = pad([row["prompt_ids"] for row in rows], "left", device)  # ids (B, P), mask (B, P)
     rng = np.random.default_rng([args.seed, SAMPLING])

@@ -1,0 +1,149 @@
+"""LoRA and recomputed activations: what is trained, what is stored once, what is saved."""
+
+import copy
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, read_metrics, run_script
+from peft import PeftModel
+from test_architectures import CONFIGS, random_model
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import ppo
+
+OFF = {"seed": 1, "gradient_checkpointing": False, "lora_rank": 0, "lora_alpha": 8.0, "lora_target": "all-linear"}
+SEQ = AutoModelForSequenceClassification
+LORA = ("--lora-rank", 4, "--lora-alpha", 8, "--learning-rate", 1e-2, "--gradient-checkpointing")
+
+
+def batch_of(seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 211, (3, 20), generator=generator)
+    lengths = torch.tensor([[12], [4], [9]])
+    return ids[:, :8], torch.arange(8) >= 3 * torch.arange(3)[:, None] - 1, ids[:, 8:], torch.arange(12) < lengths
+
+
+def pair(auto_class, architecture, **settings):
+    """A model and its frozen twin, float64."""
+    labels = {"num_labels": 1} if auto_class is SEQ else {}
+    model = random_model(auto_class, architecture, **labels)
+    return model, copy.deepcopy(model), SimpleNamespace(**OFF | settings)
+
+
+def outputs(model, auto_class):
+    batch = batch_of()
+    return ppo.token_values(model, *batch) if auto_class is SEQ else ppo.token_logprobs(model, *batch, batch[3], 0.7)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("auto_class", (AutoModelForCausalLM, SEQ), ids=("policy", "critic"))
+def test_adapters(auto_class, architecture, tmp_path):
+    model, frozen, args = pair(auto_class, architecture, lora_rank=3)
+    before = outputs(frozen, auto_class).detach()
+    trained = ppo.make_trainable(model, frozen, args)
+    assert outputs(model, auto_class).detach().equal(before)  # adapters start without effect
+
+    # the weights are those of the frozen model, not copies
+    shared = {x.data_ptr() for x in frozen.parameters()}
+    own = {name: x for name, x in model.named_parameters() if x.data_ptr() not in shared}
+    learning = {name for name, x in model.named_parameters() if x.requires_grad}
+    assert learning == {name for name in own if "lora_" in name or name == "score.modules_to_save.default.weight"}
+    assert len(learning) >= 2 * 4 * 2 and (auto_class is SEQ) == any("score" in name for name in learning)
+    assert not any("lm_head" in name or "embed_out" in name for name in own)  # the output head is left alone
+
+    # all of them learn, the frozen model does not notice
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    start = {name: own[name].detach().clone() for name in learning}
+    for _ in range(2):  # the first step moves the B matrices alone
+        (outputs(model, auto_class) * torch.randn(3, 12, generator=torch.Generator().manual_seed(1))).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not [name for name in learning if own[name].equal(start[name])]
+    assert outputs(frozen, auto_class).detach().equal(before)
+
+    # on disk: merged weights that any loader reads, and the adapter, which gives the same on the base weights
+    after = outputs(model, auto_class).detach()
+    assert not torch.allclose(after, before, atol=1e-3)
+    ppo.save_folder(str(tmp_path / "out"), trained)
+    merged = auto_class.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()
+    assert_close(outputs(merged, auto_class), after, rtol=0, atol=1e-9)
+    assert_close(outputs(model, auto_class), after, rtol=0, atol=1e-9)  # evaluated after it was saved
+    assert outputs(frozen, auto_class).detach().equal(before)
+    adapted = PeftModel.from_pretrained(frozen, tmp_path / "out/adapter").base_model.model
+    assert_close(outputs(adapted, auto_class), after, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("auto_class", (AutoModelForCausalLM, SEQ), ids=("policy", "critic"))
+def test_recomputed_activations_give_the_same_gradients(auto_class, architecture):
+    gradients, layers = [], []
+    for recompute in (False, True):
+        model, frozen, args = pair(auto_class, architecture, gradient_checkpointing=recompute)
+        assert ppo.make_trainable(model, frozen, args) is model
+        calls = []
+        norm = model.base_model.get_submodule(NORMS[architecture])
+        norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        (outputs(model, auto_class) ** 2).sum().backward()
+        layers.append(len(calls))
+        gradients.append({name: x.grad for name, x in model.named_parameters() if x.grad is not None})
+    assert layers == [1, 2]  # the norm inside a layer ran once more
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for name, gradient in gradients[0].items():
+        assert_close(gradient, gradients[1][name], rtol=0, atol=1e-12)
+
+
+NORMS = {"gpt_neox": "layers.1.input_layernorm", "gpt2": "h.1.ln_1"}
+NORMS |= dict.fromkeys(("llama", "qwen3"), "layers.1.input_layernorm")
+
+
+def test_a_rollout_with_recomputation_still_uses_the_cache():
+    model, frozen, args = pair(AutoModelForCausalLM, "llama", gradient_checkpointing=True)
+    ppo.make_trainable(model, frozen, args)
+    lengths = []
+    model.base_model.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    prompts, uniforms = (
+        batch_of()[:2],
+        torch.rand(3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64),
+    )
+    with torch.no_grad():
+        tokens = [ppo.generate(m, *prompts, uniforms, torch.full((3,), 6), 0, 1.0) for m in (model, frozen)]
+    assert tokens[0].equal(tokens[1])
+    assert lengths[0] == 8 and set(lengths[1:]) == {1}
+
+
+@pytest.mark.parametrize("name", ("sft", "reward_model", "dpo", "ppo", "drpo"))
+def test_every_script_trains_adapters(name, models, tmp_path):
+    pairs, steps = ("--dataset", models.preference, "--sft-path", models.sft), ("--num-epochs", 2, "--batch-size", 16)
+    rl = ("--total-episodes", 48, "--batch-size", 16, "--minibatch-size", 16, "--eval-every", 3, "--eval-rows", 32)
+    flags = {
+        "sft": ("--dataset", models.reference, "--base-model", models.sft, *steps),
+        "reward_model": (*pairs, *steps, "--reference-dataset", models.reference),
+        "dpo": (*pairs, *steps),
+    }.get(name, (*models.flags, *rl))
+    run_script(f"{name}.py", *flags, *LORA, "--output-dir", "out", "--run-name", "run", cwd=tmp_path)
+    metrics = read_metrics(tmp_path / "runs/run")
+    if name in ("ppo", "drpo"):
+        assert metrics[0]["policy/first_ratio_error"] < 1e-6 and metrics[0]["objective/kl"] == 0
+        assert metrics[-1]["objective/kl"] != 0
+    kind = SEQ if name == "reward_model" else AutoModelForCausalLM
+    model, base = kind.from_pretrained(tmp_path / "out"), kind.from_pretrained(models.sft, num_labels=1)
+    assert not any("lora" in key for key in model.state_dict())
+    moved = {key for key, x in model.state_dict().items() if not x.equal(base.state_dict()[key])}
+    assert any("query_key_value" in key for key in moved) and not any("embed" in key or "norm" in key for key in moved)
+    assert (name == "reward_model") == any("score" in key for key in moved)
+    assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()
+
+
+def test_without_peft_the_error_says_what_to_install(models, tmp_path):
+    (tmp_path / "peft.py").write_text("raise ImportError")
+    code = (
+        "import runpy, sys; sys.path.insert(0, '.'); del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, ROOT / "ppo.py", *models.flags, "--lora-rank", 4]
+    done = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install peft" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
