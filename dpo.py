@@ -349,16 +349,18 @@ if __name__ == "__main__":
 
     # 1 reference log-probs of every pair, once: the policy before its first step is the reference
     # differs from official code (dpo.py): no second model in memory, no second forward pass per batch
-    ref_logprobs = {}  # split -> (rows, 2)
+    ref_logprobs, start = {}, time.perf_counter()  # split -> (rows, 2)
     for split, rows in splits.items():
         starts = tqdm(range(0, len(rows), size), desc=f"reference log-probs, {split}")
         parts = [in_chunks(pair_logprobs, policy, size, *tensors_of(rows[start : start + size])) for start in starts]
         ref_logprobs[split] = torch.cat(parts)
+    reference_seconds = time.perf_counter() - start
     terms = pair_terms(ref_logprobs[args.validation_split], ref_logprobs[args.validation_split], args.beta)
     results = {"before": {name: term.mean().item() for name, term in terms.items()}}
 
     progress = tqdm(range(1, num_updates + 1), unit="update")
     for update in progress:
+        start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * (1 - (update - 1) / num_updates)
 
@@ -380,6 +382,7 @@ if __name__ == "__main__":
         # 4 log; every few updates the same means on the validation split
         metrics = {"update": update, "epoch": update * args.batch_size / len(train), **means}
         metrics |= {"grad_norm": grad_norm, "learning_rate": group["lr"]}
+        metrics |= {"time/update": time.perf_counter() - start, "time/reference": reference_seconds}
         if update % args.eval_every == 0 or update == num_updates:
             logprobs = in_chunks(pair_logprobs, policy, size, *tensors_of(validation))
             terms = pair_terms(logprobs, ref_logprobs[args.validation_split], args.beta)

@@ -608,6 +608,7 @@ if __name__ == "__main__":
         metrics["policy/first_ratio_error"] = stats[0]["policy/ratio_error"]
         metrics |= {name: float(np.mean([sums[name] for sums in stats])) for name in stats[0]}
         metrics |= {f"time/{name}": s for name, s in zip(("rollout", "score", "optimise"), np.diff(clock).tolist())}
+        metrics["time/tokens_per_second"] = action_mask.sum().item() / metrics["time/rollout"]  # sampled ones
         if update % args.eval_every == 0 or update == num_updates:
             point = evaluate(policy, *frozen, validation[: args.eval_rows], args, device)[1]
             history.append({"episodes": update * args.batch_size} | point)

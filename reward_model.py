@@ -332,6 +332,7 @@ if __name__ == "__main__":
 
     progress = tqdm(range(1, num_updates + 1), unit="update")
     for update in progress:
+        start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * (1 - (update - 1) / num_updates)
 
@@ -357,6 +358,7 @@ if __name__ == "__main__":
         # 3 log
         metrics = {"update": update, "epoch": update * args.batch_size / len(train), "loss": loss}
         metrics |= {"accuracy": correct / len(rows), "grad_norm": grad_norm, "learning_rate": group["lr"]}
+        metrics["time/update"] = time.perf_counter() - start
         progress.set_postfix(loss=loss, accuracy=metrics["accuracy"])
         log_metrics(run_dir, writer, metrics)
 

@@ -355,6 +355,7 @@ if __name__ == "__main__":
 
     progress = tqdm(range(1, num_updates + 1), unit="update")
     for update in progress:
+        start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * (1 - (update - 1) / num_updates)
 
@@ -375,6 +376,7 @@ if __name__ == "__main__":
         # 3 log; once an epoch the loss per response token on the validation split
         metrics = {"update": update, "epoch": update * args.batch_size / len(train), "loss": loss}
         metrics |= {"policy/grad_norm": grad_norm, "learning_rate": group["lr"]}
+        metrics["time/update"] = time.perf_counter() - start
         if update == num_updates or update % max(1, len(train) // args.batch_size) == 0:
             batch = tensors_of(validation, False)
             logprobs = in_chunks(token_logprobs, policy, size, *batch, batch[-1], temperature=1.0)
