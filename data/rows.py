@@ -251,11 +251,16 @@ def main():
     sys.stdout.flush()
 
 
-if __name__ == "__main__":
+def run():
+    """main, ended by Ctrl-C or by a reader that has seen enough (`| head`) without a traceback."""
     try:
         main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        os._exit(130)  # note: at once, without waiting for the threads of a download
-    except BrokenPipeError:  # `| head` has seen enough
-        os._exit(0)
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(0)  # note: Python would try to write the rest once more
+
+
+if __name__ == "__main__":
+    run()
