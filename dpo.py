@@ -177,6 +177,8 @@ def cut_prompt(tokenizer, text, ids, limit):
 def encode(tokenizer, texts, kind, max_length):
     """Token ids of each text. Prompts are cut by cut_prompt, responses end at EOS and are cut from the right."""
     ids, eos = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"], tokenizer.eos_token_id
+    if eos is None:
+        fail(f"{tokenizer.name_or_path}: the tokenizer has no EOS token, and that is how a response ends")
     if kind == "responses":  # some datasets spell the EOS out in the text: the first one ends the response
         ids = [row[: [*row, eos].index(eos)] + [eos] for row in ids]
     cut = [number for number, row in enumerate(ids) if len(row) > max_length]

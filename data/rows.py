@@ -201,6 +201,11 @@ def standard_rows(rows, columns, tokenizer, where):
                 dropped[found] += 1
                 continue
             found = row | found
+            facts = row.get("rubric") if "rubric" in rows[0] else ["none"]
+            if not (
+                facts and isinstance(facts, list) and all(isinstance(fact, str) and fact.strip() for fact in facts)
+            ):
+                raise ValueError("column 'rubric': must be a list of key phrases")
             for column in columns:
                 if column not in found:
                     fail(f"{where}: no column {column!r} in {list(row)}")

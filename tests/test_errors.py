@@ -77,6 +77,14 @@ def small_embedding(models, folder):
     return "--base-model", folder / "small"
 
 
+def no_eos(models, folder):
+    shutil.copytree(ROOT / "data/tiny_pythia", folder / "endless")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "endless")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder / "endless")
+    return "--base-model", folder / "endless"
+
+
 def flags(*values):
     return lambda models, folder: values
 
@@ -110,6 +118,7 @@ CASES = {
     "dpo: weights missing": ("dpo.py", spoilt_weights("none"), "safetensors"),
     "ppo: context too short": ("ppo.py", flags("--prompt-length", 500), "512 positions"),
     "reward: context too short": ("reward_model.py", flags("--response-length", 500), "512 positions"),
+    "sft: no EOS": ("sft.py", no_eos, "has no EOS token"),
     "sft: small embedding": ("sft.py", small_embedding, "the embedding has 500 rows"),
     "drpo: beta high": ("drpo.py", flags("--beta", 1.5), "--beta 1.5"),
     "drpo: beta negative": ("drpo.py", flags("--beta", -0.1), "--beta -0.1"),
