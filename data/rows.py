@@ -16,12 +16,14 @@ the columns of the first row:
 
 Out come prompt, completion and, for pairs, chosen and rejected, all text, beside the columns that were there; for pairs
 the completion is the chosen answer. Dialogues whose answers follow different prompts and empty answers in dialogues are
-dropped and counted. Everything else that is wrong is one line on stderr and exit code 2.
+dropped and counted. Everything else that is wrong is one line on stderr and exit code 2. With --limit, no more of a split
+is read, or downloaded, than that many rows.
 """
 
 import argparse
 import glob
 import gzip
+import itertools
 import json
 import logging
 import os
@@ -54,8 +56,8 @@ def broken_line(path):
     return ""
 
 
-def read(dataset, config, split):
-    """All rows of a split, as the library gives them."""
+def read(dataset, config, split, limit):
+    """The first `limit` rows of a split as the library gives them, all rows if it is 0."""
     import datasets  # here, because it takes a second
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a README without a header is no news
@@ -64,7 +66,8 @@ def read(dataset, config, split):
     local, kind = os.path.exists(dataset), "parquet" if ".parquet" in dataset else "json"
     source = (kind, None, None, {split: dataset}) if os.path.isfile(dataset) else (dataset, config or None)
     try:
-        return list(datasets.load_dataset(*source, split=split, streaming=local))
+        rows = datasets.load_dataset(*source, split=split, streaming=local or limit > 0)
+        return list(itertools.islice(rows, limit or None))
     except StopIteration:  # an empty file
         return []
     except Exception as error:  # datasets raises many kinds; the first line says what went wrong
@@ -154,10 +157,11 @@ if __name__ == "__main__":
     parser.add_argument("--splits", nargs="+", default=["train"])
     parser.add_argument("--columns", nargs="+", default=["prompt", "completion"], help="columns that must hold text")
     parser.add_argument("--tokenizer", default="", help="folder or hub name; its chat template renders messages")
+    parser.add_argument("--limit", type=int, default=0, help="rows of each split to read; 0: all")
     args = parser.parse_args()
     for split in args.splits:
         where = f"--dataset {args.dataset}, split {split!r}"
-        rows, tokenizer = read(args.dataset, args.config, split), None
+        rows, tokenizer = read(args.dataset, args.config, split, args.limit), None
         if rows and any(isinstance(rows[0].get(name), list) for name in ("prompt", "completion", "chosen")):
             from transformers import AutoTokenizer
 
