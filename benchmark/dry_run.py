@@ -245,6 +245,13 @@ def report(script, variables):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chain", default="", help="JSON file with the folders that earlier steps would have made")
+    parser.add_argument(
+        "--stand-in",
+        action="append",
+        default=[],
+        metavar="PATH=BASE",
+        help="a policy or reward model of another run, and the model it starts from; may be given several times",
+    )
     parser.add_argument("script", help="sft.py, reward_model.py, dpo.py, ppo.py, drpo.py or judge.py")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own")
     options = parser.parse_args()
@@ -252,6 +259,9 @@ if __name__ == "__main__":
     if options.chain and os.path.exists(options.chain):
         with open(options.chain, encoding="utf-8") as file:
             planned = json.load(file)
+    for pair in options.stand_in:
+        path, _, base = pair.partition("=")
+        planned[os.path.normpath(path)] = {"base": base, "labels": {"num_labels": 1}}  # which no policy looks at
     variables = run_script(options.script, options.flags, planned)
     report(options.script, variables)
     args = variables["args"]
