@@ -216,14 +216,38 @@ def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)
     return output.last_hidden_state[:, prompt_ids.shape[1] - 1 :]
 
 
+class TokenLogprob(torch.autograd.Function):
+    """log_softmax(logits / temperature) at the tokens: (N, V), (N,) -> (N,), and no second tensor of that size is made.
+
+    note: the backward pass writes the gradient over the logits, some rows at a time, so it can run only once.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, tokens, temperature):
+        total = torch.cat([(part.float() / temperature).logsumexp(-1) for part in logits.split(64)])  # (N,)
+        ctx.save_for_backward(logits, tokens, total)
+        ctx.temperature = temperature
+        return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float() / temperature - total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        all_logits, all_tokens, all_totals = ctx.saved_tensors
+        columns = (all_tokens, all_totals, gradient / ctx.temperature)  # each (N,)
+        for logits, *part in zip(all_logits.split(64), *(column.unsqueeze(-1).split(64) for column in columns)):
+            tokens, total, upper = part  # each (64, 1)
+            probs = (logits.float() / ctx.temperature - total).exp_()
+            logits.copy_(probs.mul_(-upper).scatter_add_(-1, tokens, upper))
+        return all_logits, None, None
+
+
 def token_logprobs(model, prompt_ids, prompt_mask, response_ids, response_mask, action_mask, temperature):
     """Log-probs (B, R) of the response tokens where action_mask is True, 0 elsewhere.
 
     The output head runs there only. note: logits that a model rescales after its head need that added here and below.
     """
     states = response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)[:, :-1]
-    logits = model.get_output_embeddings()(states[action_mask]).float() / temperature  # (actions, V)
-    picked = logits.gather(-1, response_ids[action_mask].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    logits = model.get_output_embeddings()(states[action_mask])  # (actions, V)
+    picked = TokenLogprob.apply(logits, response_ids[action_mask], temperature)
     return torch.zeros_like(action_mask, dtype=picked.dtype).masked_scatter(action_mask, picked)
 
 
@@ -274,26 +298,41 @@ def mask_to_eos(response_ids, eos):
 
 
 # statistics
-def bootstrap_interval(values, rng, num_resamples=2000):
-    """95% percentile interval of the mean of values (n,), prompts resampled with replacement."""
-    means = values[rng.integers(len(values), size=(num_resamples, len(values)))].mean(1)
-    return np.quantile(means, (0.025, 0.975))
+def bootstrap_interval(statistic, rng, *columns, num_resamples=2000):
+    """95% percentile interval of statistic(*columns), columns (n,), prompts resampled; None where it has no value."""
+    draws = rng.integers(len(columns[0]), size=(num_resamples, len(columns[0]))) if len(columns[0]) else ()
+    values = [statistic(*(column[drawn] for column in columns)) for drawn in draws]
+    values = [value for value in values if value is not None]
+    return np.quantile(values, (0.025, 0.975)).tolist() if values else None
 
 
-def length_matched(wins, lengths, ref_lengths, edges=(-0.3, -0.1, 0.1, 0.3), least=10):
-    """Win rate within bins of log(length / reference length), and their plain mean over the bins with `least` pairs.
+def length_matched(wins, lengths, ref_lengths, edges=(-0.3, -0.1, 0.1, 0.3), least=20):
+    """Win rate of those pairs that leave the lengths spread evenly around the reference's.
 
-    The bins lie symmetrically around equal length (10% and 35% either way), so a policy gains nothing by shifting
-    its answers to lengths that win more often. wins, lengths, ref_lengths (n,) -> mean, [(pairs, win rate) per bin].
+    Pairs fall into bins of log(length / reference length). Of a bin and its mirror image as many pairs count as are in
+    the smaller one, so what longer answers win for their length, shorter ones lose. wins, lengths, ref_lengths (n,)
+    -> rate, None if fewer than `least` pairs count; [(pairs, win rate) per bin].
     """
     bins = np.digitize(np.log(lengths / ref_lengths), edges)  # (n,), 0 = much shorter
-    inside = [wins[bins == number] for number in range(len(edges) + 1)]
-    rates = [(len(part), part.mean() if len(part) else None) for part in inside]
-    used = [rate for count, rate in rates if count >= least]
-    return np.mean(used) if used else None, rates
+    pairs = np.bincount(bins, minlength=len(edges) + 1)
+    rates = np.bincount(bins, weights=wins, minlength=len(edges) + 1) / np.maximum(pairs, 1)
+    counted = np.minimum(pairs, pairs[::-1])
+    rate = (counted * rates).sum() / counted.sum() if counted.sum() >= least else None
+    return rate, [(int(count), rate if count else None) for count, rate in zip(pairs, rates.tolist())]
 
 
-PERCENT = ("win_rate", "interval", "length_matched", "says_a", "position_bias", "rouge1", "rouge2", "rougeL", "eos")
+PERCENT = (
+    "win_rate",
+    "interval",
+    "length_matched",
+    "matched_interval",
+    "says_a",
+    "position_bias",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "eos",
+)
 
 
 def format_cell(name, value):
@@ -400,8 +439,11 @@ def chat(client, messages, args, options, budget, stopped):
             return problem, "refused"
         if status < 500 and status not in (408, 409, 425, 429):
             raise Stopped(f"{args.api_base_url}: {problem}")
+        delay = retry_delay(response, args.api_backoff * 2**number)
+        if delay > 600:
+            raise Stopped(f"{args.api_base_url} asks to come back in {delay:.0f} seconds: {problem}")
         if number + 1 < args.api_tries:
-            stopped.wait(max(0.0, retry_delay(response, args.api_backoff * 2**number)))
+            stopped.wait(max(0.0, delay))
     raise Stopped(f"{args.api_base_url}: {args.api_tries} tries failed, the last with {problem}")
 
 
@@ -409,29 +451,42 @@ def collect_verdicts(requests, file, trusted, args, options):
     """Asks the api judge: key -> (prompt, a, b, messages) becomes key -> 'A', 'B' or None where it gave no verdict.
 
     Each verdict is appended to `file` as it arrives; ends the program if the endpoint cannot be used. A refusal is held
-    against the texts if the endpoint is `trusted`, that is has judged before, and against the settings if it has not.
+    against the texts once a verdict follows it, or if the endpoint is `trusted`, that is has judged before. 20 refusals
+    in a row are held against settings or account: they end the program and are asked again the next time.
     """
     key = os.environ.get(args.api_key_env, "").strip() or "no-key"  # note: without, the hub token is sent
+    if not re.fullmatch("[!-~]+", key):  # the client would print it in its error
+        fail(f"the key in ${args.api_key_env} holds a space, a line break or a letter that no key has")
     client = InferenceClient(base_url=args.api_base_url, api_key=key, timeout=args.api_timeout)
     get_session().event_hooks["request"] = []  # note: HF_HUB_OFFLINE is about the hub, not about this endpoint
     budget, stopped, lock = threading.Semaphore(args.max_requests), threading.Event(), threading.Lock()
-    verdicts = {}
+    verdicts, refused = {}, []  # key -> verdict; lines that wait for a verdict to follow
+
+    def write(*found):
+        for line in found:
+            lines.write(json.dumps(line) + "\n")
+            verdicts[line["key"]] = line["verdict"]
+        lines.flush()
 
     def judge(key):
         prompt, a, b, messages = requests[key]
         for _ in range(2):  # a reply that cannot be read is asked for once more
             reply, reason = chat(client, messages, args, options, budget, stopped)
             verdict = parse_verdict(reply) if reason not in ("refused", "length") else None
-            if verdict or reason == "refused":
+            if verdict or reason in ("refused", "content_filter"):
                 break
-            messages = [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": ASK_AGAIN}]
+            if reply.strip():
+                messages = [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": ASK_AGAIN}]
+        line = {"key": key, "verdict": verdict, "finish_reason": reason, "reply": reply}
+        line |= {"prompt": prompt, "a": a, "b": b}
         with lock:
-            if reason == "refused" and not trusted and not any(verdicts.values()):
-                raise Stopped(f"{args.api_base_url} refuses: {reply}")
-            line = {"key": key, "verdict": verdict, "finish_reason": reason, "reply": reply}
-            lines.write(json.dumps(line | {"prompt": prompt, "a": a, "b": b}) + "\n")
-            lines.flush()
-            verdicts[key] = verdict
+            if reason != "refused":
+                write(*refused, line)
+                refused.clear()
+            elif len(refused) < 20:
+                refused.append(line)
+            if len(refused) == 20:
+                raise Stopped(f"{args.api_base_url} refuses: {refused[0]['reply']}")
 
     with open(file, "a", encoding="utf-8") as lines, ThreadPoolExecutor(args.api_concurrency) as pool:
         jobs = [pool.submit(judge, key) for key in requests]
@@ -439,9 +494,13 @@ def collect_verdicts(requests, file, trusted, args, options):
             progress = tqdm(as_completed(jobs), total=len(jobs), unit="verdict")
             for job in progress:
                 job.result()
-                progress.set_postfix(unread=sum(verdict is None for verdict in verdicts.values()))
+                progress.set_postfix(unread=sum(verdict is None for verdict in list(verdicts.values())))
+            if refused and not trusted and not any(verdicts.values()):
+                raise Stopped(f"{args.api_base_url} refuses: {refused[0]['reply']}")
+            write(*refused)
         except BaseException as error:
             stopped.set()
+            print("\nwaiting for the requests in flight", file=sys.stderr)
             pool.shutdown(cancel_futures=True)  # what is in flight is paid for: wait for it and write it down
             progress.close()
             if isinstance(error, (Stopped, KeyboardInterrupt)):
@@ -505,12 +564,14 @@ if __name__ == "__main__":
             fail(f"--judge-prompt {args.judge_prompt} is neither tldr nor dialogue nor a text file: {error}")
         if not question.is_valid() or sorted(question.get_identifiers()) != ["a", "b", "prompt"]:
             fail(f"--judge-prompt {args.judge_prompt} must hold $prompt, $a and $b; any other $ is written $$")
-    if not re.fullmatch(r"https?://(\[[^]@\s/]+\]|[^][:@\s/]+)(:\d+)?(/[^@\s]*)?", args.api_base_url):
+    if not re.fullmatch(r"https?://(\[[^]@\s/]+\]|[^][:@\s/]+)(:\d+)?(/[^@?#\s]*)?", args.api_base_url):
         fail(f"--api-base-url must look like http://host:8000/v1 and hold no key; that goes to ${args.api_key_env}")
     try:
-        options = {**json.loads(args.api_options)}
+        options = {**json.loads(args.api_options, parse_constant=int)}  # so that NaN is an error
+        if options.keys() & {"messages", "model", "stream"}:
+            raise ValueError("messages, model and stream are not for the user to set")
     except (TypeError, ValueError) as error:
-        fail(f"--api-options {args.api_options} is not a JSON object: {error}")
+        fail(f"--api-options {args.api_options} must be a JSON object: {error}")
     run_name = args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
     run_dir = os.path.join("runs", run_name)
     if os.path.exists(run_dir):
@@ -546,12 +607,18 @@ if __name__ == "__main__":
     size, tokenizer = args.micro_batch_size, load(AutoTokenizer, args.sft_path)
     eos = tokenizer.eos_token_id
     for path in dict.fromkeys((args.reward_path, args.judge_path or args.reward_path)):
-        if load(transformers.AutoConfig, path).num_labels != 1:
-            fail(f"{path} is no reward model: it must have exactly one output")
+        own, config = load(AutoTokenizer, path), load(transformers.AutoConfig, path)
+        longest = max(map(len, encode(own, [row["completion"] for row in rows], "responses", sys.maxsize)))
+        with torch.device("meta"):  # its shape, no weights
+            model = AutoModelForSequenceClassification.from_config(config)
+        if config.num_labels != 1 or not hasattr(model, "score"):
+            fail(f"{path} is no reward model of a decoder: it must have exactly one output, named score")
+        check_size(model, path, own, args.prompt_length + max(longest, args.response_length))
     for path in args.policies:
         if load(AutoTokenizer, path).get_vocab() != tokenizer.get_vocab():
             fail(f"--policies {path} has another vocabulary than --sft-path {args.sft_path}, so there is no KL")
-    references = [row["completion"].split(tokenizer.eos_token)[0] for row in rows]  # some datasets spell it out
+    references = [ids[:-1] for ids in encode(tokenizer, [row["completion"] for row in rows], "responses", sys.maxsize)]
+    references = [tokenizer.decode(ids, skip_special_tokens=True) for ids in references]  # written as completions are
     prompt_ids = encode(tokenizer, [row["prompt"] for row in rows], "prompts", args.prompt_length)
     os.makedirs(args.cache_dir, exist_ok=True)
 
@@ -559,6 +626,7 @@ if __name__ == "__main__":
     table = np.random.default_rng(args.seed).random((len(rows), args.response_length), dtype=np.float32)
     uniforms = torch.from_numpy(table).to(device)  # (N, R), the same for every policy
     settings = [args.temperature, args.train_temperature, args.prompt_length, args.response_length, args.seed]
+    settings += [args.dtype, device.type]
     content = [[row["prompt"] for row in rows], references, content_id(args.sft_path), *settings]
     generations, ref_policy = {}, None  # policy -> rows
     for path in args.policies:
@@ -666,9 +734,10 @@ if __name__ == "__main__":
         valid = ~np.isnan(wins[path])  # (N,)
         won, lengths = wins[path][valid], np.array([line["length"] for line in lines])
         rng = np.random.default_rng([args.seed, BOOTSTRAP])
-        result = {"win_rate": won.mean(), "interval": bootstrap_interval(won, rng).tolist()} if len(won) else {}
-        result = {"win_rate": None, "interval": None} | result
-        result["length_matched"], result["length_bins"] = length_matched(won, lengths[valid], ref_lengths[valid])
+        columns = (won, lengths[valid], ref_lengths[valid])  # each (n,)
+        result = {"win_rate": won.mean() if len(won) else None, "interval": bootstrap_interval(np.mean, rng, won)}
+        result["length_matched"], result["length_bins"] = length_matched(*columns)
+        result["matched_interval"] = bootstrap_interval(lambda *drawn: length_matched(*drawn)[0], rng, *columns)
         result |= counts.get(path, {})
         if "rubric" in rows[0]:
             quality = [rubric_score(line["completion"], row["rubric"]) for line, row in zip(lines, rows)]

@@ -272,7 +272,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    check_numbers(args, ("seed", "lora_rank", "center_coef"))
+    check_numbers(args, ("seed", "lora_rank", "learning_rate", "center_coef"))
     run_name = args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
     run_dir = os.path.join("runs", run_name)
     if os.path.exists(run_dir):

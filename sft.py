@@ -190,14 +190,38 @@ def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)
     return output.last_hidden_state[:, prompt_ids.shape[1] - 1 :]
 
 
+class TokenLogprob(torch.autograd.Function):
+    """log_softmax(logits / temperature) at the tokens: (N, V), (N,) -> (N,), and no second tensor of that size is made.
+
+    note: the backward pass writes the gradient over the logits, some rows at a time, so it can run only once.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, tokens, temperature):
+        total = torch.cat([(part.float() / temperature).logsumexp(-1) for part in logits.split(64)])  # (N,)
+        ctx.save_for_backward(logits, tokens, total)
+        ctx.temperature = temperature
+        return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float() / temperature - total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        all_logits, all_tokens, all_totals = ctx.saved_tensors
+        columns = (all_tokens, all_totals, gradient / ctx.temperature)  # each (N,)
+        for logits, *part in zip(all_logits.split(64), *(column.unsqueeze(-1).split(64) for column in columns)):
+            tokens, total, upper = part  # each (64, 1)
+            probs = (logits.float() / ctx.temperature - total).exp_()
+            logits.copy_(probs.mul_(-upper).scatter_add_(-1, tokens, upper))
+        return all_logits, None, None
+
+
 def token_logprobs(model, prompt_ids, prompt_mask, response_ids, response_mask, action_mask, temperature):
     """Log-probs (B, R) of the response tokens where action_mask is True, 0 elsewhere.
 
     The output head runs there only. note: logits that a model rescales after its head need that added here and below.
     """
     states = response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)[:, :-1]
-    logits = model.get_output_embeddings()(states[action_mask]).float() / temperature  # (actions, V)
-    picked = logits.gather(-1, response_ids[action_mask].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    logits = model.get_output_embeddings()(states[action_mask])  # (actions, V)
+    picked = TokenLogprob.apply(logits, response_ids[action_mask], temperature)
     return torch.zeros_like(action_mask, dtype=picked.dtype).masked_scatter(action_mask, picked)
 
 
@@ -269,7 +293,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    check_numbers(args, ("seed", "lora_rank"))
+    check_numbers(args, ("seed", "lora_rank", "learning_rate"))
     run_name = args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
     run_dir = os.path.join("runs", run_name)
     if os.path.exists(run_dir):

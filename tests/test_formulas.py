@@ -173,6 +173,24 @@ def test_scores_are_what_transformers_itself_returns(critic, batch):
     assert_close(scores, (logits - critic.config.score_mean).float(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("n", [0, 1, 64, 150])
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_token_logprob_against_log_softmax(n, dtype, near):
+    values, tokens, weights = randn(n, 40, seed=18).float(), torch.arange(n) % 40, randn(n, seed=19).float()
+    found = []
+    for function in (
+        lambda logits: ppo.TokenLogprob.apply(logits, tokens, 0.7),
+        lambda logits: (logits.float() / 0.7).log_softmax(-1)[torch.arange(n), tokens],
+    ):
+        values.requires_grad_(True).grad = None
+        logprobs = function(2 * values.to(dtype))
+        (weights * logprobs).sum().backward()
+        found.append((logprobs.detach(), values.grad))
+    assert_close(found[0][0], found[1][0], atol=1e-5, rtol=0)
+    assert_close(found[0][1], found[1][1], atol=near, rtol=near)
+    assert n == 0 or found[0][1].abs().max() > 0.01
+
+
 def test_gradients_of_micro_batches_add_up_to_the_batch_s(policy, batch):
     *_, tensors = batch
     mask = tensors[3]

@@ -27,6 +27,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers
 from chat_server import ChatServer, Reply, said, verdict
 from conftest import ROOT, random_model, read_rows, run_script, write_dataset
 from rouge_score.rouge_scorer import RougeScorer
@@ -39,7 +40,7 @@ import judge
 # formulas
 def test_bootstrap_interval_against_loops():
     values, count = [0.0, 1.0, 0.5, 1.0, 0.0, 1.0, 0.5], 40
-    found = judge.bootstrap_interval(np.array(values), np.random.default_rng(3), count)
+    found = judge.bootstrap_interval(np.mean, np.random.default_rng(3), np.array(values), num_resamples=count)
     means = sorted(sum(values[i] for i in row) / 7 for row in np.random.default_rng(3).integers(7, size=(count, 7)))
     for end, share in zip(found, (0.025, 0.975), strict=True):
         place = share * (count - 1)  # linear between the two nearest order statistics
@@ -52,18 +53,34 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     chances = {0.0: 0.5, 0.5: 0.1, 1.0: 0.4}  # mean 0.45
     covered = 0
     for _ in range(runs):
-        low, high = judge.bootstrap_interval(rng.choice(list(chances), size=n, p=list(chances.values())), rng)
+        values = rng.choice(list(chances), size=n, p=list(chances.values()))
+        low, high = judge.bootstrap_interval(np.mean, rng, values)
         covered += low <= 0.45 <= high
     assert abs(covered / runs - 0.95) < 3 * math.sqrt(0.95 * 0.05 / runs)  # an interval of 92% would fail
 
 
-def slow_length_matched(wins, lengths, ref_lengths, edges=(-0.3, -0.1, 0.1, 0.3), least=10):
+def test_the_interval_draws_whole_rows_and_may_have_no_value():
+    columns = (np.arange(6.0), 10 * np.arange(6.0))
+    assert judge.bootstrap_interval(lambda x, y: float((y != 10 * x).any()), np.random.default_rng(1), *columns) == [
+        0,
+        0,
+    ]
+    rare = judge.bootstrap_interval(lambda x: 1.0 if 5.0 in x else None, np.random.default_rng(1), columns[0])
+    assert rare == [1, 1]
+    assert judge.bootstrap_interval(lambda x: None, np.random.default_rng(1), columns[0]) is None
+    assert judge.bootstrap_interval(np.mean, np.random.default_rng(1), columns[0][:0]) is None
+
+
+def slow_length_matched(wins, lengths, ref_lengths, edges=(-0.3, -0.1, 0.1, 0.3), least=20):
     bins = [[] for _ in range(len(edges) + 1)]
     for win, length, ref_length in zip(wins, lengths, ref_lengths):
         bins[sum(math.log(length / ref_length) >= edge for edge in edges)].append(win)
     rates = [(len(part), sum(part) / len(part) if part else None) for part in bins]
-    used = [rate for count, rate in rates if count >= least]
-    return sum(used) / len(used) if used else None, rates
+    won = count = 0
+    for part, mirrored in zip(bins, bins[::-1]):
+        counted = min(len(part), len(mirrored))
+        won, count = won + (counted * sum(part) / len(part) if counted else 0), count + counted
+    return won / count if count >= least else None, rates
 
 
 def random_lengths(rng, n, factor=1.0):
@@ -96,27 +113,34 @@ def test_length_matched_treats_both_sides_alike():
     assert len({count for count, _ in rates}) > 1  # or the order of the bins would not show
 
 
-def test_length_matched_leaves_out_bins_with_few_pairs():
-    ref_lengths = np.full(30, 100)
-    lengths = np.array([100] * 11 + [200] * 10 + [10] * 9)
-    wins = np.array([1.0] * 11 + [0.0] * 10 + [1.0] * 9)
-    mean, rates = judge.length_matched(wins, lengths, ref_lengths)
-    assert [count for count, _ in rates] == [9, 0, 11, 0, 10] and rates[1][1] is None
-    assert mean == 0.5  # nine pairs are too few
-    assert judge.length_matched(wins, lengths, ref_lengths, least=9)[0] == pytest.approx(2 / 3)
-    assert judge.length_matched(wins, lengths, ref_lengths, least=12)[0] is None
+def test_length_matched_counts_as_many_longer_as_shorter_answers():
+    ref_lengths = np.full(41, 100)
+    lengths = np.array([100] * 11 + [200] * 20 + [10] * 10)
+    wins = np.array([1.0] * 11 + [0.5] * 20 + [0.0] * 10)
+    rate, rates = judge.length_matched(wins, lengths, ref_lengths)
+    assert rates == [(10, 0.0), (0, None), (11, 1.0), (0, None), (20, 0.5)]
+    assert rate == pytest.approx((10 * 0.0 + 11 * 1.0 + 10 * 0.5) / 31)
+    assert judge.length_matched(wins, lengths, ref_lengths, least=32)[0] is None
+    assert judge.length_matched(wins[11:31], lengths[11:31], ref_lengths[11:31])[0] is None  # nothing that is shorter
 
 
-def test_length_alone_earns_nothing():
-    # as good as the reference, and the judge likes what is longer: by length alone it wins far more than half
-    rng, n = np.random.default_rng(5), 20_000
-    lengths, ref_lengths = random_lengths(rng, n, 1.3)
-    chance = np.array([0.1, 0.3, 0.5, 0.7, 0.9])[np.digitize(np.log(lengths / ref_lengths), (-0.3, -0.1, 0.1, 0.3))]
-    wins = (rng.random(n) < chance).astype(float)
-    mean, rates = judge.length_matched(wins, lengths, ref_lengths)
-    error = math.sqrt(sum(rate * (1 - rate) / count for count, rate in rates)) / len(rates)
-    assert wins.mean() > 0.65
-    assert abs(mean - 0.5) < 4 * error < 0.05
+@pytest.mark.parametrize("factor, noise", [(1.3, 0.3), (1.2, 0.15), (0.8, 0.2), (1.1, 0.05)])
+def test_length_alone_earns_nothing(factor, noise):
+    # as good as the reference, and the judge goes by length alone: the raw win rate is far from half
+    rng, n = np.random.default_rng(5), 40_000
+    ref_lengths = rng.integers(200, 600, size=n)
+    lengths = ref_lengths * factor * np.exp(rng.normal(0, noise, size=n))
+    wins = (rng.random(n) < 1 / (1 + (ref_lengths / lengths) ** 5)).astype(float)
+    rate, rates = judge.length_matched(wins, lengths, ref_lengths)
+    assert abs(wins.mean() - 0.5) > 0.1
+    # what is left is the shift inside a bin, which is at most 0.2 wide
+    assert abs(rate - 0.5) < 0.35 * abs(wins.mean() - 0.5) + 4 * 0.5 / math.sqrt(min(x for x, _ in rates if x) + 100)
+
+
+def test_length_matched_says_nothing_where_all_answers_are_longer():
+    rng, ref_lengths = np.random.default_rng(5), np.full(2000, 300)
+    lengths = ref_lengths * 1.5 * np.exp(rng.normal(0, 0.05, size=2000))
+    assert judge.length_matched(np.ones(2000), lengths, ref_lengths)[0] is None
 
 
 @pytest.mark.parametrize(
@@ -340,6 +364,7 @@ def test_the_rubric_judge_from_the_stored_completions(setup, first):
         ref_lengths = [len(tokenizer(row["completion"])["input_ids"]) + 1 for row in rows]  # with EOS
         mean, bins = slow_length_matched(wins, lengths, ref_lengths)
         assert result["length_matched"] == (mean and pytest.approx(mean))
+        assert mean is None or result["matched_interval"][0] <= mean <= result["matched_interval"][1]
         assert result["length_bins"] == [[count, rate] for count, rate in bins]
         low, high = result["interval"]
         assert low < result["win_rate"] < high
@@ -389,7 +414,7 @@ def test_what_a_run_leaves_and_prints(setup, first):
     for path, cells in table_cells(first.table).items():
         result = first.result[path]
         for name, value in result.items():
-            if name in ("interval", "length_bins"):
+            if name in ("interval", "matched_interval", "length_bins"):
                 continue
             percent = name in ("win_rate", "length_matched", "rouge1", "rouge2", "rougeL", "eos")
             cell, exact = cells[name.replace("_", " ") + " %" * percent], ("-" if value is None else value)
@@ -425,7 +450,8 @@ def test_what_changes_the_completions_gets_its_own_file(setup, models, first, tm
     cold = judge_here(setup, "cold", "--temperature", 0.01)
     seed = judge_here(setup, "seed", "--temperature", 1.0, "--seed", 2)
     train = judge_here(setup, "train", "--temperature", 1.0, "--train-temperature", 0.5)
-    for run in (cold, seed, train):
+    rough = judge_here(setup, "rough", "--temperature", 1.0, "--dtype", "bfloat16")
+    for run in (cold, seed, train, rough):
         assert not set(run.files.values()) & set(first.files.values())
     for path in setup.policies:
         texts = [[line["completion"] for line in run.rows[path]] for run in (first, cold, seed, train)]
@@ -564,6 +590,13 @@ def other_vocabulary(setup, folder):
     return "--policies", setup.policies[0], folder / "foreign"
 
 
+def encoder(setup, folder):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.BertConfig(**sizes, num_labels=1).save_pretrained(folder / "bert")
+    AutoTokenizer.from_pretrained(setup.policies[1]).save_pretrained(folder / "bert")
+    return "--judge", "reward-model", "--judge-path", folder / "bert"
+
+
 def flags(*values):
     return lambda setup, folder: values
 
@@ -584,6 +617,12 @@ CASES = {
     "url without scheme": (flags(*API, "--api-base-url", "localhost:8000/v1"), "--api-base-url"),
     "url of another scheme": (flags(*API, "--api-base-url", "ftp://localhost/v1"), "--api-base-url"),
     "url that holds a key": (flags(*API, "--api-base-url", "http://me:hush@localhost/v1"), "--api-base-url"),
+    "url with a query": (flags(*API, "--api-base-url", "http://localhost/v1?key=hush"), "--api-base-url"),
+    "options not finite": (flags(*API, "--api-options", '{"top_p": NaN}'), "--api-options"),
+    "options of our own": (flags(*API, "--api-options", '{"stream": true}'), "messages, model and stream"),
+    "seed negative": (flags("--seed", -1), "--seed -1 must be at least 0"),
+    "context too short": (flags("--prompt-length", 500), "512 positions"),
+    "judge of another kind": (encoder, "is no reward model of a decoder"),
     "url without host": (flags(*API, "--api-base-url", "http:///v1"), "--api-base-url"),
     "url with a wrong port": (flags(*API, "--api-base-url", "http://localhost:port/v1"), "--api-base-url"),
     "rubric missing": (no_rubric, "no column 'rubric'"),
@@ -954,14 +993,54 @@ def test_one_pair_without_a_verdict(answer, requests, reason, tmp_path):
     assert {line["verdict"]: line["finish_reason"] for line in read_verdicts(tmp_path)}[None] == reason
 
 
-def test_a_refusal_is_about_the_texts_once_the_server_has_judged(tmp_path, capsys):
-    with ChatServer(lambda request: Reply(400) if request.texts == FEW[0] else honest(request)) as server:
+@pytest.mark.parametrize("refused", [{0}, {0, 1}, {len(FEW) - 1}, set(range(len(FEW) - 1))])
+def test_a_refusal_is_about_the_texts_if_another_pair_is_judged(refused, tmp_path):
+    texts = [FEW[n] for n in refused]
+    with ChatServer(lambda request: Reply(400) if request.texts in texts else honest(request)) as server:
+        expected = [None if n in refused else verdict for n, verdict in enumerate(EXPECTED)]
+        assert collect(server, tmp_path, api_concurrency=1) == expected
+    assert sorted(line["verdict"] is None for line in read_verdicts(tmp_path)) == sorted(x is None for x in expected)
+
+
+@pytest.mark.parametrize("judged", [0, 30])
+def test_refusals_without_end_are_not_about_the_texts(judged, tmp_path, capsys):
+    # no credit left, say: what was refused is asked again by the next run
+    questions = [(f"post {n}", "first", "second") for n in range(100)]
+    with ChatServer(lambda request: honest(request) if len(server.requests) <= judged else Reply(400)) as server:
         with pytest.raises(SystemExit):
-            collect(server, tmp_path, api_concurrency=1)
-        assert all(line["verdict"] for line in read_verdicts(tmp_path))  # the refusal is not written down
-        (tmp_path / "trusted").mkdir()
-        assert collect(server, tmp_path / "trusted", trusted=True, api_concurrency=1) == [None, *EXPECTED[1:]]
-    assert "refuses" in capsys.readouterr().err
+            collect(server, tmp_path, questions, api_concurrency=1, trusted=True)
+        assert len(server.requests) - judged in (20, 21)  # the next may be on its way
+    lines = read_verdicts(tmp_path)
+    assert len(lines) == judged and all(line["verdict"] for line in lines)
+    assert f"{judged} of 100 verdicts came in" in capsys.readouterr().err
+
+
+def test_few_refusals_and_nothing_else(tmp_path, capsys):
+    with ChatServer(lambda request: Reply(400)) as server:
+        with pytest.raises(SystemExit):
+            collect(server, tmp_path, FEW[:3])
+        assert read_verdicts(tmp_path) == [] and "refuses" in capsys.readouterr().err
+        assert collect(server, tmp_path, FEW[:3], trusted=True) == [None] * 3
+
+
+def test_a_filtered_reply_is_not_asked_for_again_and_an_empty_one_not_quoted(tmp_path):
+    filtered = completion(message={"role": "assistant", "content": None}, finish_reason="content_filter")
+
+    def answer(request):
+        if request.texts == FEW[0]:
+            return filtered
+        return said("") if len(server.requests) < 2 * len(FEW) and server.tries(request) == 1 else honest(request)
+
+    with ChatServer(answer) as server:
+        assert collect(server, tmp_path, api_concurrency=1) == [None, *EXPECTED[1:]]
+        assert [request.texts for request in server.requests].count(FEW[0]) == 1
+        assert all(message["content"] for request in server.requests for message in request.messages)
+
+
+def test_a_day_is_too_long_to_wait(tmp_path, capsys):
+    with ChatServer(lambda request: Reply(429, headers={"Retry-After": "86400"})) as server, pytest.raises(SystemExit):
+        collect(server, tmp_path)
+    assert "come back in 86400 seconds" in capsys.readouterr().err
 
 
 # status, body, what the error must say: with these, no later request can succeed either
@@ -1004,7 +1083,7 @@ def test_the_tries_are_counted(tmp_path, capsys):
     assert "4 tries failed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("key", ["sesame-1234\n", " sesame-1234 ", "s\u00e9same-1234"])
+@pytest.mark.parametrize("key", ["sesame-1234\n", " sesame-1234 ", "s\u00e9same-1234", "se\nsame-1234", "se same-1234"])
 def test_a_badly_pasted_key_stays_secret(key, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", key)
     with ChatServer(honest) as server:
