@@ -68,7 +68,9 @@ def cell(name, values):
 
 def table(rows):
     """Markdown: rows maps a label to one dict of numbers per seed."""
-    columns = [name for name, value in next(iter(rows.values()))[0].items() if "interval" not in name and name != "length_bins"]
+    columns = [
+        name for name, value in next(iter(rows.values()))[0].items() if "interval" not in name and name != "length_bins"
+    ]
     titles = [name.replace("_", " ") + " %" * (name in PERCENT) for name in columns]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
     for label, results in rows.items():
