@@ -155,26 +155,27 @@ def load_rows(dataset, config, splits, columns, tokenizer):
     return {split: [line["row"] for line in lines if line["split"] == split] for split in splits}
 
 
-def cut_post(text):
-    """A TL;DR prompt without the last paragraph of its post, or last sentence where it has only one; '' at the end."""
-    parts = re.fullmatch(r"(SUBREDDIT: .*?\n+POST: )(.*?)(\s*TL;DR:)", text, re.DOTALL)
-    post = parts and (parts[2].rpartition("\n")[0].rstrip() or " ".join(re.split(r"(?<=[.!?]) ", parts[2])[:-1]))
-    return f"{parts[1]}{post}{parts[3]}" if post else ""
+def cut_prompt(tokenizer, text, ids, limit):
+    """At most `limit` ids of a text: a TL;DR post loses last paragraphs, then sentences; what is still too long, its start."""
+    parts = re.fullmatch(r"(SUBREDDIT: .*?\n+POST: )(.*\S|)(\s*TL;DR:\s*)", text, re.DOTALL)
+    post = parts[2][: len(tokenizer.decode(ids[:limit]))] if parts else ""  # more cannot fit, and each try takes time
+    while len(ids) > limit and (kept := re.match(r".*\S(?=\s*\n)|.*[.!?](?= )", post, re.DOTALL)):
+        post, ids = kept[0], tokenizer(f"{parts[1]}{kept[0]}{parts[3]}")["input_ids"]
+    begin = ids[:1] == [tokenizer.bos_token_id]  # which stays
+    return ids[:begin] + ids[begin + max(0, len(ids) - limit) :]
 
 
 def encode(tokenizer, texts, kind, max_length):
-    """Token ids of each text. Prompts are cut by cut_post or else from the left, responses end at EOS, cut from the right."""
+    """Token ids of each text. Prompts are cut by cut_prompt, responses end at EOS and are cut from the right."""
     ids, eos = tokenizer(texts, add_special_tokens=kind == "prompts")["input_ids"], tokenizer.eos_token_id
     if kind == "responses":  # some datasets spell the EOS out in the text: the first one ends the response
         ids = [row[: [*row, eos].index(eos)] + [eos] for row in ids]
     cut = [number for number, row in enumerate(ids) if len(row) > max_length]
     for number in cut if kind == "prompts" else ():
-        text = cut_post(texts[number])
-        while text and len(ids[number]) > max_length:
-            ids[number], text = tokenizer(text)["input_ids"], cut_post(text)
+        ids[number] = cut_prompt(tokenizer, texts[number], ids[number], max_length)
     if cut:
         print(f"note: {len(cut)} of {len(ids)} {kind} have more than {max_length} tokens and were cut")
-    return [row[-max_length:] if kind == "prompts" else row[:max_length] for row in ids]
+    return [row[:max_length] for row in ids]
 
 
 def pad(rows, side, device):

@@ -17,8 +17,12 @@ def without(column):
     return lambda rows: [{key: x for key, x in row.items() if key != column} for row in rows]
 
 
-def blank(column, number):
-    return lambda rows: [row | {column: "  "} if n == number else row for n, row in enumerate(rows)]
+def put(column, value, number):
+    return lambda rows: [row | {column: value} if n == number else row for n, row in enumerate(rows)]
+
+
+def blank(column):
+    return lambda rows: [row | {column: "  "} for row in rows]
 
 
 def dataset(task, edit):
@@ -79,7 +83,8 @@ def flags(*values):
 
 CASES = {
     "ppo: column missing": ("ppo.py", dataset("reference", without("completion")), "'completion'"),
-    "ppo: response blank": ("ppo.py", dataset("reference", blank("completion", 3)), "row 3, column 'completion'"),
+    "ppo: response a number": ("ppo.py", dataset("reference", put("completion", 3, 3)), "row 3, column 'completion'"),
+    "ppo: responses blank": ("ppo.py", dataset("reference", blank("completion")), "no rows, dropped 8: empty"),
     "ppo: file empty": ("ppo.py", empty_file, "empty.jsonl"),
     "ppo: split empty": ("ppo.py", empty_split, "'train'"),
     "ppo: dataset missing": ("ppo.py", flags("--dataset", "no/such"), "no/such"),
@@ -111,14 +116,18 @@ CASES = {
     "drpo: reset column missing": ("drpo.py", flags("--reset-column", "draft"), "'draft'"),
     "drpo: SFT missing": ("drpo.py", flags("--sft-path", "no/such/sft"), "no/such/sft"),
     "sft: column missing": ("sft.py", dataset("reference", without("prompt")), "'prompt'"),
-    "sft: response blank": ("sft.py", dataset("reference", blank("completion", 0)), "row 0, column 'completion'"),
+    "sft: responses blank": ("sft.py", dataset("reference", blank("completion")), "no rows, dropped 8: empty"),
     "sft: base model missing": ("sft.py", flags("--base-model", "/no/such/base"), "/no/such/base"),
     "sft: batch too large": ("sft.py", flags("--num-epochs", 1, "--batch-size", 1000), "--batch-size 1000"),
     "reward: column missing": ("reward_model.py", dataset("preference", without("rejected")), "'rejected'"),
-    "reward: response blank": ("reward_model.py", dataset("preference", blank("chosen", 2)), "row 2, column 'chosen'"),
+    "reward: response an object": (
+        "reward_model.py",
+        dataset("preference", put("chosen", {"a": 1}, 2)),
+        "row 2, column 'chosen'",
+    ),
     "reward: SFT missing": ("reward_model.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
     "dpo: column missing": ("dpo.py", dataset("preference", without("rejected")), "'rejected'"),
-    "dpo: response blank": ("dpo.py", dataset("preference", blank("chosen", 2)), "row 2, column 'chosen'"),
+    "dpo: response an object": ("dpo.py", dataset("preference", put("chosen", {"a": 1}, 2)), "row 2, column 'chosen'"),
     "dpo: SFT missing": ("dpo.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
     "dpo: beta zero": ("dpo.py", flags("--beta", 0), "--beta 0"),
     "dpo: batch too large": ("dpo.py", flags("--batch-size", 1000), "--batch-size 1000"),

@@ -76,6 +76,19 @@ SHAPES = {
         pair([*ASKED, turn("assistant", "hello")], [*ASKED, turn("assistant", "no")]),
         {"prompt": CHAT, "completion": "hello<|endoftext|>", **pair("hello<|endoftext|>", "no<|endoftext|>")},
     ),
+    "messages beside a string": (
+        {"prompt": "hi", **pair([*ASKED, turn("assistant", "hello")], [*ASKED, turn("assistant", "no")])},
+        {"prompt": CHAT, "completion": "hello<|endoftext|>", **pair("hello<|endoftext|>", "no<|endoftext|>")},
+    ),
+    "answers after a string": (
+        {"prompt": "hi", **pair([turn("assistant", "hello")], [turn("assistant", "no")])},
+        {"prompt": CHAT, "completion": "hello<|endoftext|>", **pair("hello<|endoftext|>", "no<|endoftext|>")},
+    ),
+    "TL;DR in the answers": (
+        {"prompt": "POST: x\n\n", **pair("TL;DR: a", "TL;DR:b")},
+        {"prompt": "POST: x\nTL;DR:", "completion": " a", **pair(" a", " b")},
+    ),
+    "TL;DR, no space": ({"prompt": "p\nTL;DR: ", "label": "c"}, {"prompt": "p\nTL;DR:", "completion": " c"}),
     "openai, first": (comparison(0), {"prompt": POST, "completion": " first", **pair(" first", " second")}),
     "openai, second": (comparison(1), {"prompt": POST, "completion": " second", **pair(" second", " first")}),
     "openai, news": (news, {"prompt": "an article\nTL;DR:", "completion": " first", **pair(" first", " second")}),
@@ -148,34 +161,90 @@ def test_forks_and_empty_answers_are_dropped_and_counted(tmp_path):
     good, other = f"{DIALOGUE} yes.", f"{HUMAN}something else{ASSISTANT} no."
     data = [pair(good, f"{DIALOGUE} no."), pair(good, other), pair(good, DIALOGUE), pair(good, good), pair(other, good)]
     done, found = read(write(tmp_path / "hh.jsonl", data), "--columns", "prompt", "chosen", "rejected")
-    assert [row["rejected"] for row in found] == [" no.", " yes."]
-    assert "2 rows" in done.stderr and "2: answers to different prompts" in done.stderr and "1: empty" in done.stderr
+    assert [row["rejected"] for row in found] == [" no."]
+    for lost in ("1 rows", "2: answers to different prompts", "1: empty", "1: chosen equals rejected"):
+        assert lost in done.stderr
 
 
 GOOD = {"prompt": "p", "completion": "c"}
+ANSWERED, CHAT_PAIR = f"{DIALOGUE} no.", pair([*ASKED, turn("assistant", "a")], [*ASKED, turn("assistant", "b")])
+SILENT = [*ASKED, turn("assistant", " ")]
+EMPTY, SAME = "empty prompt or answer", "chosen equals rejected"
+PAIR = {"prompt": "p", **pair("a", "b")}
+untold, unsaid, unread = comparison(0), comparison(1), comparison(0)
+untold["summaries"], unsaid["choice"], unread["info"] = (
+    [{"text": "a"}, {"text": None}],
+    None,
+    news["info"] | {"article": ""},
+)
+# a row that is kept, rows that are not, why
+DROPPED = {
+    "text": (GOOD, [GOOD | {"prompt": None}, GOOD | {"completion": " \n"}, GOOD | {"prompt": ""}], EMPTY),
+    "label": ({"prompt": "p", "label": "c"}, [{"prompt": "p", "label": None}], EMPTY),
+    "pairs": (PAIR, [PAIR | {"chosen": ""}, PAIR | {"rejected": None}], EMPTY),
+    "equal pairs": (PAIR, [{"prompt": "p", **pair("a", "a")}], SAME),
+    "dialogues": (pair(ANSWERED, f"{DIALOGUE} yes."), [pair(ANSWERED, None), pair("", ANSWERED)], EMPTY),
+    "human last": (
+        pair(ANSWERED, f"{DIALOGUE} yes."),
+        [pair(ANSWERED, f"{ANSWERED}{HUMAN}and?"), pair(f"{ANSWERED}{HUMAN}and?", f"{ANSWERED}{HUMAN}and?")],
+        "does not end with the assistant",
+    ),
+    "messages": (CHAT_PAIR, [CHAT_PAIR | {"chosen": SILENT}, CHAT_PAIR | {"rejected": None}, pair([], [])], EMPTY),
+    "openai": (comparison(0), [untold, unsaid, unread], EMPTY),
+    "article": (
+        {"article": "news", "highlights": "short"},
+        [{"article": "", "highlights": "short"}, {"article": "news", "highlights": None}],
+        EMPTY,
+    ),
+}
+
+
+@pytest.mark.parametrize("kept, lost, reason", DROPPED.values(), ids=DROPPED)
+def test_what_is_dropped(kept, lost, reason, chat):
+    tokenizer = AutoTokenizer.from_pretrained(chat)
+    columns = [*("prompt", "completion"), *(name for name in ("chosen", "rejected") if name in kept or "info" in kept)]
+    found, dropped = rows.standard_rows([*lost, kept], columns, tokenizer, "here")  # the first row may be the empty one
+    assert len(found) == 1 and dropped == {reason: len(lost)}
+
+
+def test_a_column_that_is_not_asked_for_may_be_empty():
+    data = [PAIR | {"rejected": None}, PAIR | {"rejected": "a"}]
+    assert len(rows.standard_rows(data, ("prompt", "completion"), None, "here")[0]) == 2
+    with_draft = [GOOD | {"draft": None}, GOOD | {"draft": "d"}]
+    found, dropped = rows.standard_rows(with_draft, ("prompt", "completion", "draft"), None, "here")
+    assert len(found) == 1 and dropped == {EMPTY: 1}
+
+
+def test_one_empty_row_does_not_end_everything(tmp_path):
+    file = write(tmp_path / "data.jsonl", [GOOD, GOOD | {"completion": None}, GOOD | {"completion": ""}])
+    done, found = read(file)
+    assert done.returncode == 0 and len(found) == 1 and "dropped 2: empty prompt or answer" in done.stderr
+
+
 # what is in the file (or how its bytes are spoilt) -> text that the error must hold
 BAD = {
     "unknown columns": ([{"text": "x", "tag": "y"}], "not a known shape"),
     "no prompt": ([{"completion": "x"}], "'prompt'"),
     "no answer": ([{"prompt": "x"}], "'completion'"),
     "a number": ([GOOD, GOOD | {"completion": 3}], "row 1, column 'completion'"),
-    "null": ([GOOD, GOOD, GOOD | {"prompt": None}], "row 2, column 'prompt'"),
-    "blank": ([GOOD | {"completion": " \n"}], "row 0, column 'completion'"),
-    "mixed schemas": ([GOOD, {"x": "y"}], "row 1"),
+    "all null": ([GOOD | {"prompt": None}] * 2, "no rows, dropped 2: empty prompt or answer"),
+    "all blank": ([GOOD | {"completion": " \n"}], "no rows, dropped 1"),
+    "a number for news": ([{"article": 3, "highlights": "x"}], "row 0, column 'article'"),
+    "a number for a dialogue": ([pair(3, 4)], "row 0, column 'chosen'"),
     "an object": ([GOOD | {"prompt": {"a": 1}}], "row 0, column 'prompt'"),
     "empty file": ([], "no rows"),
     "invalid json": ([GOOD, GOOD, '{"prompt": "p", "compl\n', GOOD], "line 3"),
     "text": (["just text\n"], "line 1"),
-    "list of strings": ([{"prompt": "x", "completion": ["a"]}], "row 0"),
+    "list of strings": ([{"prompt": "x", "completion": ["a"]}], "row 0, column 'completion'"),
     "no assistant": ([{"prompt": ASKED, "completion": [turn("user", "x")]}], "must end with a turn of the assistant"),
-    "no messages": ([{"prompt": [], "completion": []}], "must end with a turn of the assistant"),
+    "no messages": ([{"prompt": [], "completion": []}], "no rows"),
     "unknown role": (
         [{"prompt": [turn("robot", "x")], "completion": [turn("assistant", "y")]}],
         "unknown role 'robot'",
     ),
     "all dropped": ([pair(DIALOGUE, DIALOGUE)], "no rows"),
     "choice out of range": ([comparison(2)], "row 0"),
-    "comparison without a post": ([{"info": {}, "summaries": [], "choice": 0}], "row 0"),
+    "comparison without a post": ([comparison(0) | {"info": {"id": "t"}}], "row 0"),
 }
 
 
@@ -220,7 +289,7 @@ def test_missing_things(tmp_path):
 
 
 def test_a_script_stops_at_bad_data_before_anything_else(tmp_path):
-    file = write(tmp_path / "bad.jsonl", [GOOD, GOOD | {"completion": None}])
+    file = write(tmp_path / "bad.jsonl", [GOOD, GOOD | {"completion": 3}])
     flags = ("--dataset", file, "--base-model", ROOT / "data/tiny_pythia")
     done = run_script("sft.py", *flags, cwd=tmp_path, check=False)
     assert_error(done, "row 1, column 'completion'")
@@ -246,6 +315,55 @@ def test_a_long_post_loses_its_end_at_a_newline(capsys):
         assert ("1 of 1 prompts" in capsys.readouterr().out) == (limit < lengths[0])
     (ids,) = ppo.encode(tokenizer, [text], "prompts", lengths[-1] - 1)  # nothing left to leave out: from the left
     assert len(ids) == lengths[-1] - 1 and tokenizer.decode(ids).endswith("\nTL;DR:")
+
+
+def test_a_post_of_many_paragraphs_is_cut_at_once():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia")
+    calls = []
+
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return tokenizer(*args, **kwargs)
+
+    counting.__dict__ |= {name: getattr(tokenizer, name) for name in ("decode", "eos_token_id", "bos_token_id")}
+    post = "\n".join(["my boss broke my bike."] * 4000)
+    text = f"SUBREDDIT: r/tifu\nTITLE: a title\nPOST: {post}\nTL;DR: "  # white space at the end changes nothing
+    (ids,) = ppo.encode(counting, [text], "prompts", 128)
+    assert tokenizer.decode(ids).startswith("SUBREDDIT: r/tifu\nTITLE: a title\nPOST: my boss")
+    assert tokenizer.decode(ids).endswith("bike.\nTL;DR: ") and 110 < len(ids) <= 128 and len(calls) < 20
+
+
+def test_a_cut_keeps_the_bos_of_the_tokenizer():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia")
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    begin = [("<|begin|>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|begin|> $A", special_tokens=begin)
+    whole = tokenizer("my boss broke my bike")["input_ids"]
+    for limit in range(1, len(whole) + 1):
+        (ids,) = ppo.encode(tokenizer, ["my boss broke my bike"], "prompts", limit)
+        assert ids == whole[:1] + whole[len(whole) - limit + 1 :]
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "data.csv").write_text("prompt,completion\np,c\n")
+    assert_error(read(tmp_path / "data.csv")[0], "only .jsonl, .json and .parquet, also .gz")
+    script = tmp_path / "feedback"  # as of openai/summarize_from_feedback
+    script.mkdir()
+    (script / "feedback.py").touch()
+    assert_error(read(script)[0], "scripts are no longer supported")
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rows, "read", interrupted)
+    monkeypatch.setattr(sys, "argv", ["rows.py", "x"])
+    with pytest.raises(SystemExit) as end:
+        rows.run()
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def test_hh(tmp_path):

@@ -1,0 +1,268 @@
+"""Seconds and memory of our scripts, against TRL where it is installed; the same work in turn, several rounds.
+
+    python benchmark/speed.py --rounds 5 --trl-python /path/to/venv_with_trl_1.12.0/bin/python
+    python benchmark/speed.py --sizes tiny --jobs ppo drpo          # ours alone, one size
+    python benchmark/speed.py --profile                             # stages of an update, and the floor of its arithmetic
+    python benchmark/speed.py --growth                              # cost against batch, response length, vocabulary, width
+
+Models are GPT-NeoX with random weights, prompts have 64 tokens, responses 53; 64 episodes an update and 4 epochs for PPO,
+16 pairs for DPO and reward model, float32. Every number comes from the real scripts in processes of their own: seconds
+from their metrics.jsonl (TRL: between the ends of two steps), memory is the process's peak. No response ends early (the
+output weights of EOS forbid it), unless --stop makes about one token in 25 an EOS. The ratio is taken within a round.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ |= {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    PreTrainedTokenizerFast,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {"tiny": {"layers": 4, "vocab": 1024}, "14m-like": {"layers": 6, "vocab": 50304}}
+BATCH = {"ppo": 64, "drpo": 64, "dpo": 16, "reward_model": 16}
+STAGES = {"ppo": ("rollout", "score", "optimise"), "dpo": ("update",), "reward_model": ("update",)}
+STAGES["drpo"] = STAGES["ppo"]
+
+
+def make(folder, layers, vocab, width=128, rows=512, prompt=64, response=53, stop=False):
+    """Random policy, reward model and rows in `folder`: sft/, reward/, reference/, preference/."""
+    torch.manual_seed(1)
+    words = {"<eos>": 0, "<pad>": 1} | {f"w{number}": number for number in range(2, vocab)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    sizes = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 4 * width,
+    }
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "vocab_size": vocab}
+    config = GPTNeoXConfig(**sizes, **ids, max_position_embeddings=2048, num_labels=1)
+    policy = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # the first hidden number is always 1, and only the logit of EOS reads it
+        policy.gpt_neox.final_layer_norm.weight[0], policy.gpt_neox.final_layer_norm.bias[0] = 0, 1
+        policy.get_output_embeddings().weight[:, 0] = 0
+        policy.get_output_embeddings().weight[0, 0] = np.log(vocab / 25) * 0.7 if stop else -100.0  # at temperature 0.7
+    policy.save_pretrained(folder / "sft")
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "reward")
+    for name in ("sft", "reward"):
+        tokenizer.save_pretrained(folder / name)
+    rng = np.random.default_rng(1)
+
+    def text(length):
+        return " ".join(f"w{number}" for number in rng.integers(2, vocab, size=length))
+
+    columns = {"reference": ("completion",), "preference": ("chosen", "rejected")}
+    for task, names in columns.items():
+        (folder / task).mkdir(parents=True)
+        for split, count in (("train", rows), ("validation", 1), ("test", 1)):
+            lines = [
+                {"prompt": text(prompt)} | {name: " " + text(response - 1) for name in names} for _ in range(count)
+            ]
+            (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def measure(command, cwd):
+    """-> standard output, peak memory in GiB."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen([str(part) for part in command], cwd=cwd, stdout=out, stderr=err)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = status
+        for file in (out, err):
+            file.seek(0)
+        if status != 0:
+            sys.exit(f"{' '.join(map(str, command))}\n{err.read()[-2000:]}")
+        return out.read(), usage.ru_maxrss / 2**20
+
+
+def ours(job, folder, updates, *flags):
+    """One process of ours -> median seconds by stage without the first update, tokens sampled per update, peak GiB."""
+    batch, name = BATCH[job], f"{job}_{time.time_ns()}"
+    lengths = ("--prompt-length", 64, "--response-length", 53, "--micro-batch-size", batch)
+    common = ("--seed", 1, "--run-name", name, "--output-dir", f"out/{name}", "--learning-rate", 3e-6, *lengths)
+    if job in ("ppo", "drpo"):
+        data = ("--dataset", folder / "reference", "--reward-path", folder / "reward", "--temperature", 0.7)
+        common += ("--total-episodes", batch * (updates + 1), "--eval-every", 10**6, "--eval-rows", 1, *data)
+    else:
+        pairs = folder / f"pairs_{updates}"
+        if not pairs.exists():
+            pairs.mkdir()
+            for split, count in (("train", batch * (updates + 1)), ("validation", 1), ("test", 1)):
+                lines = (folder / f"preference/{split}.jsonl").read_text().splitlines()[:count]
+                (pairs / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        common += ("--dataset", pairs, "--batch-size", batch, "--num-epochs", 1)
+        common += ("--reference-dataset", folder / "reference") if job == "reward_model" else ()
+    script = [sys.executable, ROOT / f"{job}.py", "--sft-path", folder / "sft", *common, *flags]
+    _, peak = measure(script, folder)
+    lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    stages = {stage: statistics.median(line[f"time/{stage}"] for line in lines[1:]) for stage in STAGES[job]}
+    if job == "dpo":  # TRL's seconds hold its reference forward passes
+        stages["reference"] = lines[0]["time/reference"] / len(lines)
+    tokens = [line["response/length"] - line.get("reset/length", 0) for line in lines[1:] if "response/length" in line]
+    return stages, batch * statistics.mean(tokens) if tokens else None, peak
+
+
+def theirs(job, folder, updates, python, stop):
+    flags = ("--batch", BATCH[job], "--updates", updates, *(("--stop",) if stop else ()))
+    out, peak = measure([python, ROOT / "benchmark/speed_trl.py", job, folder, *flags], folder)
+    return statistics.median(json.loads(out.splitlines()[-1])), peak
+
+
+def floor(layers, vocab, width=128, rows=64, prompt=64, response=53, epochs=4, reset=0.0):
+    """Seconds that the matrix products of the optimise phase need at the rate of a large matrix product here.
+
+    Counted: 2 FLOPs per weight and token forward, 4 backward; layers of policy and critic on every real token, the
+    output head on the response tokens alone; attention scores 4 * width FLOPs per pair of tokens, half of them masked.
+    """
+    x, y = torch.randn(4096, width), torch.randn(width, 4 * width)
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        x @ y
+        times.append(time.perf_counter() - start)
+    rate = 2 * x.numel() * y.shape[1] / statistics.median(times)
+    tokens, actions = rows * (prompt + response), rows * response * (1 - reset)
+    layer = 12 * width**2 * 2 * tokens + 4 * width * tokens * (prompt + response) / 2
+    return epochs * 3 * (2 * layers * layer + 2 * width * vocab * actions) / rate, rate
+
+
+def show(values, digits=2):
+    """Median and range."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def compare(args, folder):
+    """Rounds of all jobs in turn, ours and TRL's; the table of medians, ranges and ratios."""
+    rows = []
+    for size in args.sizes:
+        make(folder / size, **SIZES[size], stop=args.stop)
+        for job in args.jobs:
+            seconds, peaks, rollouts, tokens = {}, {}, [], []
+            for number in range(args.rounds):
+                sides = ["ours", "other"][:: 1 if number % 2 == 0 else -1]
+                for side in sides:
+                    if side == "ours":
+                        stages, sampled, peak = ours(job, folder / size, args.updates)
+                        value = sum(stages.values())
+                        rollouts.append(stages.get("rollout", 0.0))
+                    elif job == "drpo":  # against our own PPO
+                        stages, sampled_ppo, peak = ours("ppo", folder / size, args.updates)
+                        value = sum(stages.values())
+                        rollout_ppo = stages["rollout"]
+                    elif args.trl_python:
+                        value, peak = theirs(job, folder / size, args.updates, args.trl_python, args.stop)
+                    else:
+                        continue
+                    seconds.setdefault(side, []).append(value)
+                    peaks.setdefault(side, []).append(peak)
+                if job == "drpo":
+                    tokens.append((rollouts[-1] / rollout_ppo, sampled / sampled_ppo))
+                print(f"{size} {job} round {number + 1}: {seconds}", file=sys.stderr, flush=True)
+            row = [size, job, {"drpo": "ppo.py"}.get(job, "TRL"), show(seconds["ours"])]
+            if "other" in seconds:
+                ratios = [other / own for own, other in zip(seconds["ours"], seconds["other"])]
+                memory = statistics.median(peaks["ours"]) / statistics.median(peaks["other"])
+                row += [show(seconds["other"]), show(ratios), f"{statistics.median(peaks['ours']):.2f}"]
+                row += [f"{statistics.median(peaks['other']):.2f}", f"{memory:.2f}"]
+            else:
+                row += ["-", "-", f"{statistics.median(peaks['ours']):.2f}", "-", "-"]
+            if tokens:
+                rollout, sampled = (show(list(column)) for column in zip(*tokens))
+                row[2] += f"; rollout {rollout}, tokens {sampled} of it"
+            rows.append(row)
+    titles = ("size", "script", "other", "s per update", "other's", "times faster", "GiB", "other's", "share")
+    print_table(titles, rows)
+
+
+def profile(args, folder):
+    """Seconds by stage and the optimise phase against its floor, measured in the same round."""
+    rows = []
+    for size in args.sizes:
+        make(folder / size, **SIZES[size], stop=args.stop)
+        for job in ("ppo", "drpo"):
+            found = {stage: [] for stage in (*STAGES[job], "floor", "ratio")}
+            for _ in range(args.rounds):
+                before, _ = floor(**SIZES[size], reset=0.5 if job == "drpo" else 0.0)
+                stages, _, _ = ours(job, folder / size, args.updates)
+                after, rate = floor(**SIZES[size], reset=0.5 if job == "drpo" else 0.0)
+                stages["floor"] = (before + after) / 2
+                stages["ratio"] = stages["optimise"] / stages["floor"]
+                for stage, value in stages.items():
+                    found[stage].append(value)
+                print(f"{size} {job}: {stages}", file=sys.stderr, flush=True)
+            rows.append([size, job, *(show(values) for values in found.values()), f"{rate / 1e9:.0f}"])
+    titles = ("size", "script", *(f"{stage} s" for stage in STAGES["ppo"]), "floor s", "optimise / floor", "GFLOP/s")
+    print_table(titles, rows)
+
+
+def growth(args, folder):
+    """Seconds of an update of ppo.py and of drpo.py at beta 1 when one size doubles; a table and a plot."""
+    base = {"batch": 64, "response": 53, "vocab": 8192, "width": 128}
+    values = {
+        "batch": (16, 32, 64, 128),
+        "response": (13, 26, 53, 106),
+        "vocab": (2048, 8192, 32768),
+        "width": (64, 128, 256),
+    }
+    rows, curves = [], {}
+    for name, steps in values.items():
+        for step in steps:
+            shape = base | {name: step}
+            place = folder / f"{name}_{step}"
+            make(place, 4, shape["vocab"], shape["width"], response=shape["response"])
+            flags = ("--batch-size", shape["batch"], "--minibatch-size", shape["batch"])
+            flags += ("--micro-batch-size", shape["batch"], "--response-length", shape["response"])
+            flags += ("--total-episodes", shape["batch"] * (args.updates + 1))
+            for job in ("ppo", "drpo"):
+                stages, _, peak = ours(job, place, args.updates, *flags)
+                rows.append([name, step, job, *(f"{stages[s]:.2f}" for s in STAGES[job]), f"{peak:.2f}"])
+                curves.setdefault((name, job), []).append((step, sum(stages.values())))
+                print(rows[-1], file=sys.stderr, flush=True)
+    print_table(("grows", "to", "script", *(f"{stage} s" for stage in STAGES["ppo"]), "GiB"), rows)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 4), values):
+        for job in ("ppo", "drpo"):
+            axes.plot(*zip(*curves[name, job]), marker="o", label=f"{job}.py")
+        axes.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds per update", title=f"cost against {name}")
+        axes.set_xticks(values[name], [str(value) for value in values[name]])
+        axes.legend()
+    figure.savefig(ROOT / "docs/growth.png", dpi=110)
+
+
+def print_table(titles, rows):
+    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
+    for row in rows:
+        print("| " + " | ".join(str(cell) for cell in row) + " |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--jobs", nargs="+", choices=BATCH, default=list(BATCH))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=3, help="timed updates per process, after one for warm-up")
+    parser.add_argument("--trl-python", default="", help="python of an environment with trl==1.12.0")
+    parser.add_argument("--stop", action="store_true", help="responses end, after 25 tokens on average")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--growth", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        (profile if args.profile else growth if args.growth else compare)(args, Path(folder))
