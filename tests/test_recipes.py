@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, read_rows, run_script
@@ -79,7 +80,7 @@ def test_dry_run_of_a_recipe(recipe, hub):
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.findall("dry run of (.*): it would start", done.stdout) == list(RECIPES[recipe])
     assert len(re.findall(r"^total +\d", done.stdout, re.MULTILINE)) == len(RECIPES[recipe])
-    assert not os.path.exists(hub["MODELS"]) and not os.listdir(hub["TMPDIR"])
+    assert not os.path.exists(hub["MODELS"]) and not list(Path(hub["TMPDIR"]).rglob("*.json"))
     assert {path for path in ROOT.glob("*/*") if path.parent.name in ("runs", "models")} == before
 
 
