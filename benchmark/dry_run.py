@@ -12,7 +12,7 @@ Not checked: whether weights are there and fit their config, what the first upda
 The estimate adds what can be counted (weights, gradients, AdamW) and what is worked out for a decoder of the GPT-NeoX kind
 (activations, after arXiv:2205.05198, without the attention matrices, which torch's fused attention never stores).
 Measured on a CPU with benchmark/memory.py, whose model is small: a real update of ppo.py took, beyond what Python and torch
-take alone, 1.05 times the estimate where that was 4.8 GiB, and 0.3 GiB more than it where it was below 1 GiB (1.3 to 1.5
+take alone, 1.05 times the estimate where that was 4.8 GiB, and 0.3 GiB more than it where it was below 1 GiB (1.3 to 2.5
 times). No estimate was compared with a GPU.
 """
 
