@@ -20,12 +20,13 @@ Out come prompt, completion and, for pairs, chosen and rejected, all text, besid
 the completion is the chosen answer. Answers to a prompt that ends in 'TL;DR:' begin with a space. Dropped and counted are
 rows where a needed text is missing, empty or blank, pairs of equal answers where both are asked for, and dialogues whose
 answers follow different prompts or which do not end with the assistant. Everything else that is wrong is one line on
-stderr and exit code 2, no rows left included.
+stderr and exit code 2, no rows left included. With --limit, that many rows of a split are read, or downloaded.
 """
 
 import argparse
 import glob
 import gzip
+import itertools
 import json
 import logging
 import os
@@ -60,8 +61,8 @@ def broken_line(path):
     return ""
 
 
-def read(dataset, config, split):
-    """All rows of a split, as the library gives them."""
+def read(dataset, config, split, limit):
+    """The first `limit` rows of a split as the library gives them, all rows if it is 0."""
     import datasets  # here, because it takes a second
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a README without a header is no news
@@ -73,7 +74,8 @@ def read(dataset, config, split):
     local, kind = os.path.exists(dataset), "parquet" if ending == ".parquet" else "json"
     source = (kind, None, None, {split: dataset}) if os.path.isfile(dataset) else (dataset, config or None)
     try:
-        return list(datasets.load_dataset(*source, split=split, streaming=local))
+        rows = datasets.load_dataset(*source, split=split, streaming=local or limit > 0)
+        return list(itertools.islice(rows, limit or None))
     except StopIteration:  # an empty file
         return []
     except Exception as error:  # datasets raises many kinds; the first line says what went wrong
@@ -233,10 +235,11 @@ def main():
     parser.add_argument("--splits", nargs="+", default=["train"])
     parser.add_argument("--columns", nargs="+", default=["prompt", "completion"], help="columns that must hold text")
     parser.add_argument("--tokenizer", default="", help="folder or hub name; its chat template renders messages")
+    parser.add_argument("--limit", type=int, default=0, help="rows of each split to read; 0: all")
     args = parser.parse_args()
     for split in args.splits:
         where = f"--dataset {args.dataset}, split {split!r}"
-        rows, tokenizer = read(args.dataset, args.config, split), None
+        rows, tokenizer = read(args.dataset, args.config, split, args.limit), None
         names = ("prompt", "completion", "label", "chosen", "rejected")
         if any(isinstance(row.get(name), list) for row in rows for name in names):
             from transformers import AutoTokenizer
