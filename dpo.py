@@ -55,6 +55,8 @@ class Args:
     """folder under runs/ for metrics.jsonl, args.json and result.json; empty: script, seed and time"""
     eval_every: int = 5
     """updates between two evaluations on the validation split"""
+    eval_rows: int = 1000
+    """validation rows per evaluation"""
 
     # algorithm
     beta: float = 0.05
@@ -314,6 +316,7 @@ if __name__ == "__main__":
     columns = ("prompt", "chosen", "rejected")
     names = (args.train_split, args.validation_split)
     splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path)
+    splits[args.validation_split] = splits[args.validation_split][: args.eval_rows]
     train, validation = (splits[name] for name in names)
     num_updates = args.num_epochs * len(train) // args.batch_size
     if num_updates < 1:

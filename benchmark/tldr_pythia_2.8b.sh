@@ -16,7 +16,7 @@
 #   rewards            not stated       whitened                 not whitened
 #   LoRA layers        not stated       query_key_value          query_key_value; LORA_TARGET=all-linear for more
 #   reset prefix       not trained on   in KL, value loss too    masked everywhere
-# Data: 117K posts and 93K pairs; the validation pairs of the hub's copy are many, so DPO looks at them rarely.
+# Data: 117K posts and 93K pairs; DPO looks at 1,000 of the validation pairs.
 # With JUDGE_MODEL set, that model at JUDGE_URL compares 600 summaries, about as many as in the paper; else the reward model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -48,7 +48,7 @@ step reward_model.py --dataset "$pairs" --eval-split validation --reference-data
   --output-dir "$models/reward" --run-name tldr_reward --num-epochs 1 --batch-size 64 --learning-rate 3e-6 \
   --center-coef 0 "${pair[@]}" "${size[@]}"
 # DPO, LoRA: 25 GiB
-step dpo.py --dataset "$pairs" --sft-path "$models/sft" --output-dir "$models/dpo" --run-name tldr_dpo --eval-every 500 \
+step dpo.py --dataset "$pairs" --sft-path "$models/sft" --output-dir "$models/dpo" --run-name tldr_dpo --eval-every 100 \
   --num-epochs 1 --batch-size 64 --learning-rate 3e-6 --beta 0.05 "${pair[@]}" "${size[@]}" "${lora[@]}"
 rl=(--dataset "$posts" "${from[@]}" --total-episodes "${EPISODES:-116736}" --batch-size 512 --minibatch-size 512
   --num-ppo-epochs 4 --learning-rate 3e-6 --gamma 1 --gae-lambda 0.95 --clip-coef 0.2 --vf-coef 0.1 --kl-coef 0.05

@@ -95,7 +95,7 @@ def test_scripts_stay_short():
     print(f"lines {lengths}")
     assert lengths["ppo.py"] <= 600
     assert lengths["drpo.py"] <= 640
-    assert lengths["dpo.py"] <= 405
+    assert lengths["dpo.py"] <= 410
 
 
 def test_drpo_is_ppo_plus_the_idea():
