@@ -38,7 +38,7 @@ step reward_model.py "${train[@]}" --reference-dataset "$data" --sft-path "$mode
   --run-name hh_reward --num-epochs 1 --batch-size 64 --center-coef 0
 # DPO: 20 GiB
 step dpo.py "${train[@]}" --validation-split test --sft-path "$models/sft" --output-dir "$models/dpo" --run-name hh_dpo \
-  --num-epochs 1 --batch-size 64 --beta 0.05 --eval-every 500
+  --num-epochs 1 --batch-size 64 --beta 0.05 --eval-every 100
 rl=("${train[@]}" --validation-split test --eval-split test "${from[@]}" --total-episodes "${EPISODES:-116736}"
   --batch-size 512 --minibatch-size 512 --num-ppo-epochs 4 --gamma 1 --gae-lambda 0.95 --clip-coef 0.2 --vf-coef 0.1
   --kl-coef 0.05 --eval-every 20)

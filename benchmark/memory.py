@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROMPT, RESPONSE, VOCABULARY, ROWS = 512, 53, 50_304, 64
+STAGES = ("time/rollout", "time/score", "time/optimise")
 # log-probs as they are usually written: the head at every position, log_softmax of all of it
 NAIVE = """\
 def token_logprobs(model, prompt_ids, prompt_mask, response_ids, response_mask, action_mask, temperature):
@@ -126,5 +127,5 @@ if __name__ == "__main__":
             peak = run([script, *flags, *more, *out], folder)
             with open(os.path.join(folder, "runs", run_name, "metrics.jsonl")) as file:
                 metrics = json.loads(file.readline())
-            seconds = sum(value for key, value in metrics.items() if key.startswith("time/"))
+            seconds = sum(value for key, value in metrics.items() if key in STAGES)
             print(f"| {name} | {expected:.2f} | {peak:.2f} | {seconds:.1f} |", flush=True)
