@@ -30,6 +30,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import sys
 from collections import Counter
 
@@ -259,16 +260,16 @@ def main():
     sys.stdout.flush()
 
 
-def run():
-    """main, ended by Ctrl-C or by a reader that has seen enough (`| head`) without a traceback."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        os._exit(0)  # note: Python would try to write the rest once more
+def interrupted(*_):
+    """Ctrl-C. It ends the program at once: raised as an exception, the libraries swallow it here and there."""
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 if __name__ == "__main__":
-    run()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job ignores it
+        signal.signal(signal.SIGINT, interrupted)
+    try:
+        main()
+    except BrokenPipeError:  # `| head` has seen enough
+        os._exit(0)  # note: Python would try to write the rest once more

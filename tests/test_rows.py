@@ -4,8 +4,10 @@ import gzip
 import importlib.util
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, read_rows, run_script
@@ -358,15 +360,18 @@ def test_files_that_cannot_be_read(tmp_path):
     assert_error(read(script)[0], "scripts are no longer supported")
 
 
-def test_ctrl_c_is_one_line(monkeypatch, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(rows, "read", interrupted)
-    monkeypatch.setattr(sys, "argv", ["rows.py", "x"])
-    with pytest.raises(SystemExit) as end:
-        rows.run()
-    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+def test_ctrl_c_is_one_line(tmp_path):
+    file = write(tmp_path / "data.jsonl", [GOOD] * 100_000)  # takes seconds
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "data/rows.py", file],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # as in a terminal
+    )
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == "interrupted\n" and process.returncode == 130
 
 
 def test_hh(tmp_path):
