@@ -10,7 +10,7 @@ DR-PO = arXiv:2404.08495v3, PPO = arXiv:1707.06347, GAE = arXiv:1506.02438, N+ =
 with PPO). "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr. What differs from it:
  1. tokens after EOS are masked everywhere, as nobody reads them: KL, rewards, values, whitening, losses, statistics.
  2. an EOS in the last column counts as finished, because it is; sampling stops at EOS, which costs less.
- 3. no whitened rewards (N+: lower win rate), no weight decay, no LoRA; clipped gradients; every draw from --seed.
+ 3. no whitened rewards (N+: lower win rate), no weight decay, LoRA only by flag; clipped gradients; every draw from --seed.
  4. the dataset prefix, no choice of the policy, is masked in value loss, whitening, KL too (874, 817, 830, 808 there).
  5. the prefix costs one forward pass, officially every forced token is decoded; the reset draws are seeded (635 there).
 """

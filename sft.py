@@ -9,7 +9,7 @@ its config; with the prompt tokens in the loss, as in the official code, that ru
 
 N+ = arXiv:2403.17031. "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr. What differs from it:
  1. responses are padded by mask and end in a real EOS target; nothing is learned on padding.
- 2. linear learning-rate decay (the paper's; the official code decays by a cosine), beta2 0.95, no dropout, no LoRA.
+ 2. linear learning-rate decay (the paper's; the official code decays by a cosine), beta2 0.95, no dropout, LoRA by flag.
 """
 
 import json

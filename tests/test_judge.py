@@ -550,6 +550,9 @@ def test_without_a_rubric_the_reward_model_judges(setup, models, first, tmp_path
     run = judge_here(setup, "no_rubric", "--temperature", 1.0, "--dataset", tmp_path)
     assert "note: the judge is the reward model" in run.stdout and f"judge: {models.reward}" in run.table
     assert "rubric" not in run.result[sft]
+    rows = [
+        row | {"completion": line["reference"]} for row, line in zip(rows, run.rows[sft])
+    ]  # space after TL;DR: added
     targets = slow_scores(models.reward, [(row["prompt"], row["completion"], True) for row in rows])
     ties = 0
     for path in setup.policies:
