@@ -740,7 +740,8 @@ if __name__ == "__main__":
         columns = (won, lengths[valid], ref_lengths[valid])  # each (n,)
         result = {"win_rate": won.mean() if len(won) else None, "interval": bootstrap_interval(np.mean, rng, won)}
         result["length_matched"], result["length_bins"] = length_matched(*columns)
-        result["matched_interval"] = bootstrap_interval(lambda *drawn: length_matched(*drawn)[0], rng, *columns)
+        interval = bootstrap_interval(lambda *drawn: length_matched(*drawn)[0], rng, *columns)
+        result["matched_interval"] = interval if result["length_matched"] is not None else None
         result |= counts.get(path, {})
         if "rubric" in rows[0]:
             quality = [rubric_score(line["completion"], row["rubric"]) for line, row in zip(lines, rows)]
