@@ -31,7 +31,7 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -198,9 +198,16 @@ def pad(rows, side, device):
     return ids.to(device), mask.bool().to(device)
 
 
+def trim(ids, mask):
+    """Drops the columns (B, L) at the left that are padding in every row."""
+    start = int(mask.any(0).long().argmax())
+    return ids[:, start:], mask[:, start:]
+
+
 # log-probs
 def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask):
     """Hidden states (B, R + 1, d): column t has read the prompt and t response tokens. The only place that shifts."""
+    prompt_ids, prompt_mask = trim(prompt_ids, prompt_mask)
     input_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, P + R)
     mask = torch.cat([prompt_mask, response_mask], dim=1)  # (B, P + R)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -216,44 +223,57 @@ class TokenLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, tokens, temperature):
-        total = torch.cat([(part.float() / temperature).logsumexp(-1) for part in logits.split(64)])  # (N,)
-        ctx.save_for_backward(logits, tokens, total)
-        ctx.temperature = temperature
-        return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float() / temperature - total
+        ctx.save_for_backward(logits, tokens)
+        ctx.temperature, ctx.rows = temperature, 1 + 2**21 // logits.shape[1]  # 8 MiB at once stay in a CPU's cache
+        parts = zip(logits.split(ctx.rows), tokens.split(ctx.rows))
+        return -torch.cat([F.cross_entropy(part.float() / temperature, aim, reduction="none") for part, aim in parts])
 
     @staticmethod
     def backward(ctx, gradient):
-        all_logits, all_tokens, all_totals = ctx.saved_tensors
-        columns = (all_tokens, all_totals, gradient / ctx.temperature)  # each (N,)
-        for logits, *part in zip(all_logits.split(64), *(column.unsqueeze(-1).split(64) for column in columns)):
-            tokens, total, upper = part  # each (64, 1)
-            probs = (logits.float() / ctx.temperature - total).exp_()
-            logits.copy_(probs.mul_(-upper).scatter_add_(-1, tokens, upper))
+        all_logits, tokens = ctx.saved_tensors
+        columns = (tokens.unsqueeze(-1), gradient.unsqueeze(-1) / ctx.temperature)  # each (N, 1)
+        for logits, aim, upper in zip(*(tensor.split(ctx.rows) for tensor in (all_logits, *columns))):
+            probs = (logits.float() / ctx.temperature).softmax(-1)
+            logits.copy_(probs.mul_(-upper).scatter_add_(-1, aim, upper))
         return all_logits, None, None
 
 
-def token_logprobs(model, prompt_ids, prompt_mask, response_ids, response_mask, action_mask, temperature):
-    """Log-probs (B, R) of the response tokens where action_mask is True, 0 elsewhere.
+def pair_states(model, prompt_ids, prompt_mask, pair_ids, pair_mask, share):
+    """As response_states, for two responses (B, 2, R) to every prompt: (2 B, R + 1, d).
 
-    The output head runs there only. note: logits that a model rescales after its head need that added here and below.
+    With `share` the prompt is read once and both go on from its cache, which recomputed layers (share off) cannot do.
     """
-    states = response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)[:, :-1]
-    logits = model.get_output_embeddings()(states[action_mask])  # (actions, V)
-    picked = TokenLogprob.apply(logits, response_ids[action_mask], temperature)
-    return torch.zeros_like(action_mask, dtype=picked.dtype).masked_scatter(action_mask, picked)
+    response_ids, response_mask = pair_ids.flatten(0, 1), pair_mask.flatten(0, 1)  # (2 B, R)
+    if not share:
+        prompts = prompt_ids.repeat_interleave(2, 0), prompt_mask.repeat_interleave(2, 0)
+        return response_states(model, *prompts, response_ids, response_mask)
+    prompt_ids, prompt_mask = trim(prompt_ids, prompt_mask)
+    cache = DynamicCache(config=model.config)
+    read = partial(model.base_model, past_key_values=cache, use_cache=True)
+    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    first = read(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions).last_hidden_state[:, -1:]
+    cache.batch_repeat_interleave(2)
+    mask = torch.cat([prompt_mask.repeat_interleave(2, 0), response_mask], dim=1)  # (2 B, P + R)
+    positions = (mask.cumsum(1) - 1)[:, prompt_ids.shape[1] :]
+    rest = read(input_ids=response_ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    return torch.cat([first.repeat_interleave(2, 0), rest], dim=1)
 
 
 @torch.no_grad()
-def in_chunks(function, model, size, *tensors, **kwargs):
-    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time."""
-    return torch.cat([function(model, *part, **kwargs) for part in zip(*(tensor.split(size) for tensor in tensors))])
+def in_chunks(function, model, size, *tensors, key=None, **kwargs):
+    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then prompt."""
+    order = tensors[1].sum(1).argsort(stable=True)  # prompts of one length together need little padding
+    order = order if key is None else order[key[order].argsort(stable=True)]
+    parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in order.split(size)]
+    return torch.cat(parts)[order.argsort()]
 
 
-def pair_logprobs(model, prompt_ids, prompt_mask, chosen_ids, chosen_mask, rejected_ids, rejected_mask):
+def pair_logprobs(model, prompt_ids, prompt_mask, pair_ids, pair_mask, share):
     """Log-probs (B, 2) of the whole chosen and the whole rejected response, EOS included, at temperature 1."""
-    pair = ((chosen_ids, chosen_mask), (rejected_ids, rejected_mask))
-    parts = [token_logprobs(model, prompt_ids, prompt_mask, ids, mask, mask, temperature=1.0) for ids, mask in pair]
-    return torch.stack([part.sum(1) for part in parts], dim=1)
+    states = pair_states(model, prompt_ids, prompt_mask, pair_ids, pair_mask, share)[:, :-1].unflatten(0, (-1, 2))
+    logits = model.get_output_embeddings()(states[pair_mask])  # (tokens, V)
+    picked = TokenLogprob.apply(logits, pair_ids[pair_mask], 1.0)
+    return torch.zeros_like(pair_mask, dtype=picked.dtype).masked_scatter(pair_mask, picked).sum(2)
 
 
 # loss
@@ -334,7 +354,7 @@ if __name__ == "__main__":
     check_size(policy, args.sft_path, tokenizer, args.prompt_length + args.response_length)
     policy.eval()  # note: no dropout, or the policy would not start equal to the reference
     trained = make_trainable(policy, policy, args)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     epochs = range(args.num_epochs)  # each a new shuffle of the train split
     order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
 
@@ -349,16 +369,18 @@ if __name__ == "__main__":
     writer = SummaryWriter and SummaryWriter(run_dir)
 
     def tensors_of(rows):
-        """prompt ids, mask, chosen ids, mask, rejected ids, mask of some rows, padded to the longest."""
-        sides = {"prompt_ids": "left", "chosen_ids": "right", "rejected_ids": "right"}
-        return [tensor for key, side in sides.items() for tensor in pad([row[key] for row in rows], side, device)]
+        """Prompt ids, mask (B, P) and ids, mask (B, 2, R) of chosen and rejected, padded to the longest."""
+        pairs = pad([row[name] for row in rows for name in ("chosen_ids", "rejected_ids")], "right", device)
+        return *pad([row["prompt_ids"] for row in rows], "left", device), *(x.unflatten(0, (-1, 2)) for x in pairs)
+
+    logprobs_of = partial(pair_logprobs, share=not args.gradient_checkpointing)
 
     # 1 reference log-probs of every pair, once: the policy before its first step is the reference
     # differs from official code (dpo.py): no second model in memory, no second forward pass per batch
     ref_logprobs, start = {}, time.perf_counter()  # split -> (rows, 2)
     for split, rows in splits.items():
         starts = tqdm(range(0, len(rows), size), desc=f"reference log-probs, {split}")
-        parts = [in_chunks(pair_logprobs, policy, size, *tensors_of(rows[start : start + size])) for start in starts]
+        parts = [in_chunks(logprobs_of, policy, size, *tensors_of(rows[start : start + size])) for start in starts]
         ref_logprobs[split] = torch.cat(parts)
     reference_seconds = time.perf_counter() - start
     terms = pair_terms(ref_logprobs[args.validation_split], ref_logprobs[args.validation_split], args.beta)
@@ -372,10 +394,11 @@ if __name__ == "__main__":
 
         # 2 loss on a batch of pairs
         picked = order[(update - 1) * args.batch_size : update * args.batch_size]
+        picked = sorted(picked, key=lambda i: len(train[i]["prompt_ids"]))  # micro-batches with little padding
         batch = (*tensors_of([train[i] for i in picked]), ref_logprobs[args.train_split][picked])
         means = Counter()
         for *part, part_ref_logprobs in zip(*(tensor.split(size) for tensor in batch)):
-            terms = pair_terms(pair_logprobs(policy, *part), part_ref_logprobs, args.beta)
+            terms = pair_terms(logprobs_of(policy, *part), part_ref_logprobs, args.beta)
             terms = {name: term.sum() / len(picked) for name, term in terms.items()}
             terms["loss"].backward()
             means.update({name: term.item() for name, term in terms.items()})
@@ -390,7 +413,7 @@ if __name__ == "__main__":
         metrics |= {"grad_norm": grad_norm, "learning_rate": group["lr"]}
         metrics |= {"time/update": time.perf_counter() - start, "time/reference": reference_seconds}
         if update % args.eval_every == 0 or update == num_updates:
-            logprobs = in_chunks(pair_logprobs, policy, size, *tensors_of(validation))
+            logprobs = in_chunks(logprobs_of, policy, size, *tensors_of(validation))
             terms = pair_terms(logprobs, ref_logprobs[args.validation_split], args.beta)
             results["after"] = {name: term.mean().item() for name, term in terms.items()}
             metrics |= {f"eval/{name}": value for name, value in results["after"].items()}

@@ -28,6 +28,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 import tyro
 from torch.nn.utils.rnn import pad_sequence
@@ -225,6 +226,12 @@ def pad(rows, side, device):
     return ids.to(device), mask.bool().to(device)
 
 
+def trim(ids, mask):
+    """Drops the columns (B, L) at the left that are padding in every row."""
+    start = int(mask.any(0).long().argmax())
+    return ids[:, start:], mask[:, start:]
+
+
 FUNCTION_WORDS = frozenset(
     "a about and at because but feel felt i in is it my now of on should so that the them this to was with".split()
 )
@@ -250,6 +257,7 @@ def rubric_score(summary, facts):
 # log-probs, values, scores
 def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask):
     """Hidden states (B, R + 1, d): column t has read the prompt and t response tokens. The only place that shifts."""
+    prompt_ids, prompt_mask = trim(prompt_ids, prompt_mask)
     input_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, P + R)
     mask = torch.cat([prompt_mask, response_mask], dim=1)  # (B, P + R)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -265,19 +273,18 @@ class TokenLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, tokens, temperature):
-        total = torch.cat([(part.float() / temperature).logsumexp(-1) for part in logits.split(64)])  # (N,)
-        ctx.save_for_backward(logits, tokens, total)
-        ctx.temperature = temperature
-        return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float() / temperature - total
+        ctx.save_for_backward(logits, tokens)
+        ctx.temperature, ctx.rows = temperature, 1 + 2**21 // logits.shape[1]  # 8 MiB at once stay in a CPU's cache
+        parts = zip(logits.split(ctx.rows), tokens.split(ctx.rows))
+        return -torch.cat([F.cross_entropy(part.float() / temperature, aim, reduction="none") for part, aim in parts])
 
     @staticmethod
     def backward(ctx, gradient):
-        all_logits, all_tokens, all_totals = ctx.saved_tensors
-        columns = (all_tokens, all_totals, gradient / ctx.temperature)  # each (N,)
-        for logits, *part in zip(all_logits.split(64), *(column.unsqueeze(-1).split(64) for column in columns)):
-            tokens, total, upper = part  # each (64, 1)
-            probs = (logits.float() / ctx.temperature - total).exp_()
-            logits.copy_(probs.mul_(-upper).scatter_add_(-1, tokens, upper))
+        all_logits, tokens = ctx.saved_tensors
+        columns = (tokens.unsqueeze(-1), gradient.unsqueeze(-1) / ctx.temperature)  # each (N, 1)
+        for logits, aim, upper in zip(*(tensor.split(ctx.rows) for tensor in (all_logits, *columns))):
+            probs = (logits.float() / ctx.temperature).softmax(-1)
+            logits.copy_(probs.mul_(-upper).scatter_add_(-1, aim, upper))
         return all_logits, None, None
 
 
@@ -306,9 +313,12 @@ def sequence_scores(reward_model, prompt_ids, prompt_mask, response_ids, respons
 
 
 @torch.no_grad()
-def in_chunks(function, model, size, *tensors, **kwargs):
-    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time."""
-    return torch.cat([function(model, *part, **kwargs) for part in zip(*(tensor.split(size) for tensor in tensors))])
+def in_chunks(function, model, size, *tensors, key=None, **kwargs):
+    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then prompt."""
+    order = tensors[1].sum(1).argsort(stable=True)  # prompts of one length together need little padding
+    order = order if key is None else order[key[order].argsort(stable=True)]
+    parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in order.split(size)]
+    return torch.cat(parts)[order.argsort()]
 
 
 # rollout
@@ -320,21 +330,23 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
     """
     generated_ids = torch.zeros_like(uniforms, dtype=torch.long)  # (B, R)
     rows, cache = torch.arange(len(uniforms), device=uniforms.device), DynamicCache(config=model.config)
-    ids, mask, positions = context_ids, context_mask, (context_mask.cumsum(1) - 1).clamp(min=0)
+    going, (ids, mask) = torch.ones_like(rows, dtype=torch.bool), trim(context_ids, context_mask)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     for t in range(uniforms.shape[1]):
         hidden = model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
         cdf = (model.get_output_embeddings()(hidden).float() / temperature).softmax(-1).cumsum(-1)  # (rows, V)
         tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
-        generated_ids[rows, t] = tokens
-        going = (tokens != eos) & (num_tokens[rows] > t + 1)  # differs from official code: a row ends at EOS
+        generated_ids[rows, t] = tokens * going
+        going &= (tokens != eos) & (num_tokens[rows] > t + 1)  # differs from official code: a row ends at EOS
         if not going.any():
             break
-        if not going.all():
+        if going.float().mean() < 0.9:  # copying the cache for every single row would take longer
             cache.batch_select_indices(going)
-        rows, ids, positions = rows[going], tokens[going, None], positions[going, -1:] + 1
-        mask = torch.cat([mask[going], torch.ones_like(ids, dtype=torch.bool)], dim=1)
+            rows, tokens, positions, mask, going = (x[going] for x in (rows, tokens, positions, mask, going))
+        ids, positions = tokens.unsqueeze(1), positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(ids, dtype=torch.bool)], dim=1)
     return generated_ids
 
 
@@ -354,7 +366,7 @@ def sample_reset_len(lengths, beta, rng):
 def splice_response(offline_ids, generated_ids, reset_len):
     """Response (B, R): the dataset's token where t < reset_len, then the generated ones."""
     t = torch.arange(generated_ids.shape[1], device=reset_len.device) - reset_len.unsqueeze(1)  # (B, R)
-    offline_ids = torch.nn.functional.pad(offline_ids, (0, generated_ids.shape[1] - offline_ids.shape[1]))
+    offline_ids = F.pad(offline_ids, (0, generated_ids.shape[1] - offline_ids.shape[1]))
     return torch.where(t < 0, offline_ids, generated_ids.gather(1, t.clamp(min=0)))
 
 
@@ -513,7 +525,7 @@ if __name__ == "__main__":
     trained = make_trainable(policy, ref_policy, args)
     make_trainable(critic, reward_model, args)  # differs from official code: LoRA freezes the value head there
     parameters = [*policy.parameters(), *critic.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     train, validation, held_out = (splits[name] for name in names)
     epochs = range(-(-args.total_episodes // len(train)))  # each a new shuffle of the train split
     order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
@@ -550,7 +562,9 @@ if __name__ == "__main__":
         column = torch.arange(args.response_length, device=device)  # (R,)
         uniforms = uniforms.gather(1, (column + reset_len.unsqueeze(1)).clamp(max=args.response_length - 1))
         budget = args.response_length - reset_len
-        generated_ids = in_chunks(generate, policy, size, *context, uniforms, budget, eos=eos, temperature=temperature)
+        generated_ids = in_chunks(
+            generate, policy, size, *context, uniforms, budget, key=budget, eos=eos, temperature=temperature
+        )
         response_ids = splice_response(offline_ids, generated_ids, reset_len)
         response_mask = mask_to_eos(response_ids, eos)  # (B, R), as response_ids
         action_mask = response_mask & (column >= reset_len.unsqueeze(1))  # the policy is not taught on dataset tokens
@@ -577,7 +591,7 @@ if __name__ == "__main__":
         orders = [torch.from_numpy(rng.permutation(args.batch_size)).to(device) for _ in range(args.num_ppo_epochs)]
         for minibatch in [part for shuffled in orders for part in shuffled.split(args.minibatch_size)]:
             num_actions, sums = action_mask[minibatch].sum(), Counter()  # differs from official code (drpo.py:874)
-            for micro in minibatch.split(size):
+            for micro in minibatch[prompts[1].sum(1)[minibatch].argsort(stable=True)].split(size):
                 mask, part = action_mask[micro], [tensor[micro] for tensor in batch]
                 new_logprobs = token_logprobs(policy, *part, mask, temperature)
                 new_values = token_values(critic, *part)

@@ -31,7 +31,7 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -196,6 +196,12 @@ def pad(rows, side, device):
     return ids.to(device), mask.bool().to(device)
 
 
+def trim(ids, mask):
+    """Drops the columns (B, L) at the left that are padding in every row."""
+    start = int(mask.any(0).long().argmax())
+    return ids[:, start:], mask[:, start:]
+
+
 FUNCTION_WORDS = frozenset(
     "a about and at because but feel felt i in is it my now of on should so that the them this to was with".split()
 )
@@ -221,6 +227,7 @@ def rubric_score(summary, facts):
 # scores
 def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask):
     """Hidden states (B, R + 1, d): column t has read the prompt and t response tokens. The only place that shifts."""
+    prompt_ids, prompt_mask = trim(prompt_ids, prompt_mask)
     input_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, P + R)
     mask = torch.cat([prompt_mask, response_mask], dim=1)  # (B, P + R)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -235,10 +242,41 @@ def sequence_scores(reward_model, prompt_ids, prompt_mask, response_ids, respons
     return reward_model.score(last).squeeze(-1).float() - getattr(reward_model.config, "score_mean", 0.0)
 
 
+def pair_states(model, prompt_ids, prompt_mask, pair_ids, pair_mask, share):
+    """As response_states, for two responses (B, 2, R) to every prompt: (2 B, R + 1, d).
+
+    With `share` the prompt is read once and both go on from its cache, which recomputed layers (share off) cannot do.
+    """
+    response_ids, response_mask = pair_ids.flatten(0, 1), pair_mask.flatten(0, 1)  # (2 B, R)
+    if not share:
+        prompts = prompt_ids.repeat_interleave(2, 0), prompt_mask.repeat_interleave(2, 0)
+        return response_states(model, *prompts, response_ids, response_mask)
+    prompt_ids, prompt_mask = trim(prompt_ids, prompt_mask)
+    cache = DynamicCache(config=model.config)
+    read = partial(model.base_model, past_key_values=cache, use_cache=True)
+    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    first = read(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions).last_hidden_state[:, -1:]
+    cache.batch_repeat_interleave(2)
+    mask = torch.cat([prompt_mask.repeat_interleave(2, 0), response_mask], dim=1)  # (2 B, P + R)
+    positions = (mask.cumsum(1) - 1)[:, prompt_ids.shape[1] :]
+    rest = read(input_ids=response_ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    return torch.cat([first.repeat_interleave(2, 0), rest], dim=1)
+
+
+def pair_scores(model, prompt_ids, prompt_mask, pair_ids, pair_mask, share):
+    """Scores (B, 2) of the chosen and the rejected response."""
+    states = pair_states(model, prompt_ids, prompt_mask, pair_ids, pair_mask, share)
+    last = states[torch.arange(len(states)), pair_mask.flatten(0, 1).sum(1)]  # (2 B, d)
+    return (model.score(last).float() - getattr(model.config, "score_mean", 0.0)).view(-1, 2)
+
+
 @torch.no_grad()
-def in_chunks(function, model, size, *tensors, **kwargs):
-    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time."""
-    return torch.cat([function(model, *part, **kwargs) for part in zip(*(tensor.split(size) for tensor in tensors))])
+def in_chunks(function, model, size, *tensors, key=None, **kwargs):
+    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then prompt."""
+    order = tensors[1].sum(1).argsort(stable=True)  # prompts of one length together need little padding
+    order = order if key is None else order[key[order].argsort(stable=True)]
+    parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in order.split(size)]
+    return torch.cat(parts)[order.argsort()]
 
 
 def preference_loss(chosen_scores, rejected_scores):
@@ -310,7 +348,7 @@ if __name__ == "__main__":
     torch.nn.init.normal_(model.score.weight, std=1 / np.sqrt(model.score.in_features + 1))  # N+ detail 11
     model.eval()  # note: no dropout, here as in the RL scripts
     trained = make_trainable(model, model, args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     train = splits[args.train_split]
     num_updates = args.num_epochs * len(train) // args.batch_size
     if num_updates < 1:
@@ -329,10 +367,11 @@ if __name__ == "__main__":
     writer = SummaryWriter and SummaryWriter(run_dir)
 
     def tensors_of(rows):
-        """prompt ids, mask, chosen ids, mask, rejected ids, mask of some rows, padded to the longest."""
-        sides = {"prompt_ids": "left", "chosen_ids": "right", "rejected_ids": "right"}
-        return [tensor for key, side in sides.items() for tensor in pad([row[key] for row in rows], side, device)]
+        """Prompt ids, mask (B, P) and ids, mask (B, 2, R) of chosen and rejected, padded to the longest."""
+        pairs = pad([row[name] for row in rows for name in ("chosen_ids", "rejected_ids")], "right", device)
+        return *pad([row["prompt_ids"] for row in rows], "left", device), *(x.unflatten(0, (-1, 2)) for x in pairs)
 
+    scores_of = partial(pair_scores, share=not args.gradient_checkpointing)
     progress = tqdm(range(1, num_updates + 1), unit="update")
     for update in progress:
         start = time.perf_counter()
@@ -342,9 +381,9 @@ if __name__ == "__main__":
         # 1 loss on a batch of pairs
         rows = [train[i] for i in order[(update - 1) * args.batch_size : update * args.batch_size]]
         loss = correct = 0.0
+        rows.sort(key=lambda row: len(row["prompt_ids"]))  # micro-batches with little padding
         for part in zip(*(tensor.split(size) for tensor in tensors_of(rows))):
-            chosen_scores = sequence_scores(model, *part[:4])
-            rejected_scores = sequence_scores(model, *part[:2], *part[4:])
+            chosen_scores, rejected_scores = scores_of(model, *part).unbind(1)
             losses = preference_loss(chosen_scores, rejected_scores)
             # differs from paper: pairs leave each prompt's mean score free, as noise for PPO; this pulls it to 0
             losses = losses + args.center_coef * (chosen_scores + rejected_scores) ** 2
@@ -373,9 +412,8 @@ if __name__ == "__main__":
     save_folder(args.output_dir, trained, tokenizer)
 
     # 5 accuracy on held-out pairs, by rubric margin, next to the best that these noisy labels allow
-    rows, batch = splits[args.eval_split], tensors_of(splits[args.eval_split])
-    chosen_scores = in_chunks(sequence_scores, model, size, *batch[:4])
-    rejected_scores = in_chunks(sequence_scores, model, size, *batch[:2], *batch[4:])
+    rows = splits[args.eval_split]
+    chosen_scores, rejected_scores = in_chunks(scores_of, model, size, *tensors_of(rows)).unbind(1)
     correct = (chosen_scores > rejected_scores).float().cpu().numpy()
     result = {"all": {"pairs": len(rows), "accuracy": float(correct.mean())}}
     if "rubric" in rows[0]:

@@ -24,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 import tyro
 from torch.nn.utils.rnn import pad_sequence
@@ -183,9 +184,16 @@ def pad(rows, side, device):
     return ids.to(device), mask.bool().to(device)
 
 
+def trim(ids, mask):
+    """Drops the columns (B, L) at the left that are padding in every row."""
+    start = int(mask.any(0).long().argmax())
+    return ids[:, start:], mask[:, start:]
+
+
 # log-probs
 def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask):
     """Hidden states (B, R + 1, d): column t has read the prompt and t response tokens. The only place that shifts."""
+    prompt_ids, prompt_mask = trim(prompt_ids, prompt_mask)
     input_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, P + R)
     mask = torch.cat([prompt_mask, response_mask], dim=1)  # (B, P + R)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -201,19 +209,18 @@ class TokenLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, tokens, temperature):
-        total = torch.cat([(part.float() / temperature).logsumexp(-1) for part in logits.split(64)])  # (N,)
-        ctx.save_for_backward(logits, tokens, total)
-        ctx.temperature = temperature
-        return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float() / temperature - total
+        ctx.save_for_backward(logits, tokens)
+        ctx.temperature, ctx.rows = temperature, 1 + 2**21 // logits.shape[1]  # 8 MiB at once stay in a CPU's cache
+        parts = zip(logits.split(ctx.rows), tokens.split(ctx.rows))
+        return -torch.cat([F.cross_entropy(part.float() / temperature, aim, reduction="none") for part, aim in parts])
 
     @staticmethod
     def backward(ctx, gradient):
-        all_logits, all_tokens, all_totals = ctx.saved_tensors
-        columns = (all_tokens, all_totals, gradient / ctx.temperature)  # each (N,)
-        for logits, *part in zip(all_logits.split(64), *(column.unsqueeze(-1).split(64) for column in columns)):
-            tokens, total, upper = part  # each (64, 1)
-            probs = (logits.float() / ctx.temperature - total).exp_()
-            logits.copy_(probs.mul_(-upper).scatter_add_(-1, tokens, upper))
+        all_logits, tokens = ctx.saved_tensors
+        columns = (tokens.unsqueeze(-1), gradient.unsqueeze(-1) / ctx.temperature)  # each (N, 1)
+        for logits, aim, upper in zip(*(tensor.split(ctx.rows) for tensor in (all_logits, *columns))):
+            probs = (logits.float() / ctx.temperature).softmax(-1)
+            logits.copy_(probs.mul_(-upper).scatter_add_(-1, aim, upper))
         return all_logits, None, None
 
 
@@ -229,9 +236,12 @@ def token_logprobs(model, prompt_ids, prompt_mask, response_ids, response_mask, 
 
 
 @torch.no_grad()
-def in_chunks(function, model, size, *tensors, **kwargs):
-    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time."""
-    return torch.cat([function(model, *part, **kwargs) for part in zip(*(tensor.split(size) for tensor in tensors))])
+def in_chunks(function, model, size, *tensors, key=None, **kwargs):
+    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then prompt."""
+    order = tensors[1].sum(1).argsort(stable=True)  # prompts of one length together need little padding
+    order = order if key is None else order[key[order].argsort(stable=True)]
+    parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in order.split(size)]
+    return torch.cat(parts)[order.argsort()]
 
 
 # rollout
@@ -243,21 +253,23 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
     """
     generated_ids = torch.zeros_like(uniforms, dtype=torch.long)  # (B, R)
     rows, cache = torch.arange(len(uniforms), device=uniforms.device), DynamicCache(config=model.config)
-    ids, mask, positions = context_ids, context_mask, (context_mask.cumsum(1) - 1).clamp(min=0)
+    going, (ids, mask) = torch.ones_like(rows, dtype=torch.bool), trim(context_ids, context_mask)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     for t in range(uniforms.shape[1]):
         hidden = model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
         cdf = (model.get_output_embeddings()(hidden).float() / temperature).softmax(-1).cumsum(-1)  # (rows, V)
         tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
-        generated_ids[rows, t] = tokens
-        going = (tokens != eos) & (num_tokens[rows] > t + 1)  # differs from official code: a row ends at EOS
+        generated_ids[rows, t] = tokens * going
+        going &= (tokens != eos) & (num_tokens[rows] > t + 1)  # differs from official code: a row ends at EOS
         if not going.any():
             break
-        if not going.all():
+        if going.float().mean() < 0.9:  # copying the cache for every single row would take longer
             cache.batch_select_indices(going)
-        rows, ids, positions = rows[going], tokens[going, None], positions[going, -1:] + 1
-        mask = torch.cat([mask[going], torch.ones_like(ids, dtype=torch.bool)], dim=1)
+            rows, tokens, positions, mask, going = (x[going] for x in (rows, tokens, positions, mask, going))
+        ids, positions = tokens.unsqueeze(1), positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(ids, dtype=torch.bool)], dim=1)
     return generated_ids
 
 
@@ -329,7 +341,7 @@ if __name__ == "__main__":
     policy.eval()  # note: no dropout, here as in the RL scripts
     trained = make_trainable(policy, policy, args)
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0
+        policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True
     )
     train, validation = (splits[name] for name in names)
     num_updates = args.num_epochs * len(train) // args.batch_size
@@ -364,6 +376,7 @@ if __name__ == "__main__":
 
         # 1 next-token loss on a batch
         rows = [train[i] for i in order[(update - 1) * args.batch_size : update * args.batch_size]]
+        rows.sort(key=lambda row: len(row["prompt_ids"]))  # micro-batches with little padding
         batch = tensors_of(rows, args.train_on_prompt)
         num_tokens, loss = batch[-1].sum(), 0.0
         for part in zip(*(tensor.split(size) for tensor in batch)):

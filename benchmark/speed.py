@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ |= {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -92,7 +93,7 @@ def measure(command, cwd):
 
 
 def ours(job, folder, updates, *flags):
-    """One process of ours -> median seconds by stage without the first update, tokens sampled per update, peak GiB."""
+    """One process of ours -> medians without the first update: seconds, also by stage, and sampled tokens; peak GiB."""
     batch, name = BATCH[job], f"{job}_{time.time_ns()}"
     lengths = ("--prompt-length", 64, "--response-length", 53, "--micro-batch-size", batch)
     common = ("--seed", 1, "--run-name", name, "--output-dir", f"out/{name}", "--learning-rate", 3e-6, *lengths)
@@ -111,17 +112,19 @@ def ours(job, folder, updates, *flags):
     script = [sys.executable, ROOT / f"{job}.py", "--sft-path", folder / "sft", *common, *flags]
     _, peak = measure(script, folder)
     lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-    stages = {stage: statistics.median(line[f"time/{stage}"] for line in lines[1:]) for stage in STAGES[job]}
+    found = {stage: statistics.median(line[f"time/{stage}"] for line in lines[1:]) for stage in STAGES[job]}
     if job == "dpo":  # TRL's seconds hold its reference forward passes
-        stages["reference"] = lines[0]["time/reference"] / len(lines)
-    tokens = [line["response/length"] - line.get("reset/length", 0) for line in lines[1:] if "response/length" in line]
-    return stages, batch * statistics.mean(tokens) if tokens else None, peak
+        found["reference"] = lines[0]["time/reference"] / len(lines)
+    found["seconds"] = sum(found.values())
+    if job in ("ppo", "drpo"):
+        found["tokens"] = statistics.mean(line["response/length"] - line.get("reset/length", 0) for line in lines[1:])
+    return found | {"peak": peak}
 
 
 def theirs(job, folder, updates, python, stop):
     flags = ("--batch", BATCH[job], "--updates", updates, *(("--stop",) if stop else ()))
     out, peak = measure([python, ROOT / "benchmark/speed_trl.py", job, folder, *flags], folder)
-    return statistics.median(json.loads(out.splitlines()[-1])), peak
+    return {"seconds": statistics.median(json.loads(out.splitlines()[-1])), "peak": peak}
 
 
 def floor(layers, vocab, width=128, rows=64, prompt=64, response=53, epochs=4, reset=0.0):
@@ -132,7 +135,7 @@ def floor(layers, vocab, width=128, rows=64, prompt=64, response=53, epochs=4, r
     """
     x, y = torch.randn(4096, width), torch.randn(width, 4 * width)
     times = []
-    for _ in range(30):
+    for _ in range(200):
         start = time.perf_counter()
         x @ y
         times.append(time.perf_counter() - start)
@@ -147,47 +150,47 @@ def show(values, digits=2):
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def show_column(rounds, side, key):
+    return show([found[side][key] for found in rounds])
+
+
+def show_ratio(rounds, above, below, key):
+    """Of two sides measured in the same round."""
+    return show([found[above][key] / found[below][key] for found in rounds])
+
+
 def compare(args, folder):
-    """Rounds of all jobs in turn, ours and TRL's; the table of medians, ranges and ratios."""
-    rows = []
+    """Rounds of all jobs, two sides in turn; a table of medians, ranges, ratios, and what resets save."""
+    rows, resets = [], []
     for size in args.sizes:
         make(folder / size, **SIZES[size], stop=args.stop)
         for job in args.jobs:
-            seconds, peaks, rollouts, tokens = {}, {}, [], []
+            sides = {"ours": partial(ours, job, folder / size, args.updates)}
+            if job == "drpo":
+                sides["other"] = partial(ours, "ppo", folder / size, args.updates)
+            elif args.trl_python:
+                sides["other"] = partial(theirs, job, folder / size, args.updates, args.trl_python, args.stop)
+            rounds = []
             for number in range(args.rounds):
-                sides = ["ours", "other"][:: 1 if number % 2 == 0 else -1]
-                for side in sides:
-                    if side == "ours":
-                        stages, sampled, peak = ours(job, folder / size, args.updates)
-                        value = sum(stages.values())
-                        rollouts.append(stages.get("rollout", 0.0))
-                    elif job == "drpo":  # against our own PPO
-                        stages, sampled_ppo, peak = ours("ppo", folder / size, args.updates)
-                        value = sum(stages.values())
-                        rollout_ppo = stages["rollout"]
-                    elif args.trl_python:
-                        value, peak = theirs(job, folder / size, args.updates, args.trl_python, args.stop)
-                    else:
-                        continue
-                    seconds.setdefault(side, []).append(value)
-                    peaks.setdefault(side, []).append(peak)
-                if job == "drpo":
-                    tokens.append((rollouts[-1] / rollout_ppo, sampled / sampled_ppo))
-                print(f"{size} {job} round {number + 1}: {seconds}", file=sys.stderr, flush=True)
-            row = [size, job, {"drpo": "ppo.py"}.get(job, "TRL"), show(seconds["ours"])]
-            if "other" in seconds:
-                ratios = [other / own for own, other in zip(seconds["ours"], seconds["other"])]
-                memory = statistics.median(peaks["ours"]) / statistics.median(peaks["other"])
-                row += [show(seconds["other"]), show(ratios), f"{statistics.median(peaks['ours']):.2f}"]
-                row += [f"{statistics.median(peaks['other']):.2f}", f"{memory:.2f}"]
+                names = list(sides) if number % 2 == 0 else list(sides)[::-1]
+                rounds.append({name: sides[name]() for name in names})
+                print(f"{size} {job} round {number + 1}: {rounds[-1]}", file=sys.stderr, flush=True)
+
+            column, ratio = partial(show_column, rounds), partial(show_ratio, rounds)
+            row = [size, f"{job}.py", {"drpo": "ppo.py"}.get(job, "TRL"), column("ours", "seconds")]
+            if "other" in sides:
+                row += [column("other", "seconds"), ratio("other", "ours", "seconds")]
+                row += [column("ours", "peak"), column("other", "peak"), ratio("ours", "other", "peak")]
             else:
-                row += ["-", "-", f"{statistics.median(peaks['ours']):.2f}", "-", "-"]
-            if tokens:
-                rollout, sampled = (show(list(column)) for column in zip(*tokens))
-                row[2] += f"; rollout {rollout}, tokens {sampled} of it"
+                row += ["-", "-", column("ours", "peak"), "-", "-"]
             rows.append(row)
+            if job == "drpo":
+                resets.append([size, *(ratio("ours", "other", key) for key in ("seconds", "rollout", "tokens"))])
     titles = ("size", "script", "other", "s per update", "other's", "times faster", "GiB", "other's", "share")
     print_table(titles, rows)
+    if resets:
+        print("\ndrpo.py at beta 1 as a share of ppo.py")
+        print_table(("size", "whole update", "rollout", "tokens sampled"), resets)
 
 
 def profile(args, folder):
@@ -196,16 +199,16 @@ def profile(args, folder):
     for size in args.sizes:
         make(folder / size, **SIZES[size], stop=args.stop)
         for job in ("ppo", "drpo"):
-            found = {stage: [] for stage in (*STAGES[job], "floor", "ratio")}
+            found = {name: [] for name in (*STAGES[job], "floor", "ratio")}
             for _ in range(args.rounds):
                 before, _ = floor(**SIZES[size], reset=0.5 if job == "drpo" else 0.0)
-                stages, _, _ = ours(job, folder / size, args.updates)
+                result = ours(job, folder / size, args.updates)
                 after, rate = floor(**SIZES[size], reset=0.5 if job == "drpo" else 0.0)
-                stages["floor"] = (before + after) / 2
-                stages["ratio"] = stages["optimise"] / stages["floor"]
-                for stage, value in stages.items():
-                    found[stage].append(value)
-                print(f"{size} {job}: {stages}", file=sys.stderr, flush=True)
+                result["floor"] = (before + after) / 2
+                result["ratio"] = result["optimise"] / result["floor"]
+                for name, values in found.items():
+                    values.append(result[name])
+                print(f"{size} {job}: {result}", file=sys.stderr, flush=True)
             rows.append([size, job, *(show(values) for values in found.values()), f"{rate / 1e9:.0f}"])
     titles = ("size", "script", *(f"{stage} s" for stage in STAGES["ppo"]), "floor s", "optimise / floor", "GFLOP/s")
     print_table(titles, rows)
@@ -230,9 +233,9 @@ def growth(args, folder):
             flags += ("--micro-batch-size", shape["batch"], "--response-length", shape["response"])
             flags += ("--total-episodes", shape["batch"] * (args.updates + 1))
             for job in ("ppo", "drpo"):
-                stages, _, peak = ours(job, place, args.updates, *flags)
-                rows.append([name, step, job, *(f"{stages[s]:.2f}" for s in STAGES[job]), f"{peak:.2f}"])
-                curves.setdefault((name, job), []).append((step, sum(stages.values())))
+                found = ours(job, place, args.updates, *flags)
+                rows.append([name, step, job, *(f"{found[key]:.2f}" for key in (*STAGES[job], "peak"))])
+                curves.setdefault((name, job), []).append((step, found["seconds"]))
                 print(rows[-1], file=sys.stderr, flush=True)
     print_table(("grows", "to", "script", *(f"{stage} s" for stage in STAGES["ppo"]), "GiB"), rows)
     from matplotlib.figure import Figure

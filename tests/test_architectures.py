@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import dpo
 import ppo
 import sft
 
@@ -143,6 +144,22 @@ def test_padding_never_changes_a_result(architecture):
                 y = y[row : row + 1, : x.shape[1]] if x.dim() == 2 else y[row : row + 1]
                 assert_close(x, y, rtol=0, atol=1e-9)
             assert tokens.tolist() == together[-1][row : row + 1].tolist()
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_reading_the_prompt_once_changes_no_score(architecture):
+    """Both responses of a pair from one cache against a prompt of its own for each, float64, tolerance 1e-9."""
+    model = random_model(AutoModelForSequenceClassification, architecture, num_labels=1)
+    rng = np.random.default_rng(6)
+    prompts = [rng.integers(2, 211, size=n).tolist() for n in (1, 17, 6, 30)]
+    responses = [rng.integers(2, 211, size=n).tolist() for n in (9, 1, 20, 4, 4, 4, 2, 11)]
+    batch = (*dpo.pad(prompts, "left", "cpu"), *(x.view(4, 2, -1) for x in dpo.pad(responses, "right", "cpu")))
+    with torch.no_grad():
+        shared, plain = (dpo.pair_states(model, *batch, share) for share in (True, False))
+    last = batch[3].flatten(0, 1).sum(1)
+    assert last.tolist() == [len(row) for row in responses]
+    for row, length in enumerate(last):
+        assert_close(shared[row, : length + 1], plain[row, : length + 1], rtol=0, atol=1e-9)
 
 
 SIDES = ("left", "right")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo
 import ppo
+import reward_model
 
 UPDATES = 4
 SHORT = ("--batch-size", 64, "--eval-every", 3)  # of 256 pairs
@@ -75,15 +76,45 @@ def slow_logprob(model, prompt, response):
     return sum(logprobs[len(prompt) + t - 1, token].item() for t, token in enumerate(response))
 
 
-def test_pair_logprobs_against_unpadded_rows(policy):
+def random_pair_batch(count=5):
+    """Prompts, chosen and rejected of different lengths: as ids, and as the tensors of dpo.py and reward_model.py."""
     rng = random.Random(5)
     prompts, chosen, rejected = (
-        [[rng.randrange(2, 1024) for _ in range(rng.randint(1, longest))] for _ in range(5)] for longest in (9, 7, 4)
+        [[rng.randrange(2, 1024) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+        for longest in (9, 7, 4)
     )
-    batch = (ppo.pad(prompts, "left", "cpu"), ppo.pad(chosen, "right", "cpu"), ppo.pad(rejected, "right", "cpu"))
-    found = dpo.in_chunks(dpo.pair_logprobs, policy, 2, *(tensor for pair in batch for tensor in pair))
-    expected = [[slow_logprob(policy, p, c), slow_logprob(policy, p, r)] for p, c, r in zip(prompts, chosen, rejected)]
+    pairs = dpo.pad([ids for pair in zip(chosen, rejected) for ids in pair], "right", "cpu")
+    return (prompts, chosen, rejected), (*dpo.pad(prompts, "left", "cpu"), *(x.unflatten(0, (-1, 2)) for x in pairs))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_pair_logprobs_against_unpadded_rows(policy, share):
+    rows, batch = random_pair_batch()
+    found = dpo.in_chunks(dpo.pair_logprobs, policy, 2, *batch, share=share)
+    expected = [[slow_logprob(policy, p, c), slow_logprob(policy, p, r)] for p, c, r in zip(*rows)]
     assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_pair_scores_against_sequence_scores(critic, share):
+    (prompts, *sides), batch = random_pair_batch()
+    found = reward_model.pair_scores(critic, *batch, share=share)
+    prompts = ppo.pad(prompts, "left", "cpu")
+    expected = [ppo.sequence_scores(critic, *prompts, *ppo.pad(side, "right", "cpu")) for side in sides]
+    assert_close(found, torch.stack(expected, dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_shared_prompt_gets_the_gradient_of_both_responses(policy):
+    _, batch = random_pair_batch()
+    weights = torch.randn(5, 2, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for share in (True, False):
+        policy.zero_grad()
+        (dpo.pair_logprobs(policy, *batch, share=share) * weights).sum().backward()
+        gradients.append([parameter.grad for parameter in policy.parameters()])
+    assert max(gradient.abs().max() for gradient in gradients[1]) > 1
+    for shared, plain in zip(*gradients):
+        assert_close(shared, plain, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
