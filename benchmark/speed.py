@@ -36,6 +36,7 @@ from transformers import (
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"tiny": {"layers": 4, "vocab": 1024}, "14m-like": {"layers": 6, "vocab": 50304}}
 BATCH = {"ppo": 64, "drpo": 64, "dpo": 16, "reward_model": 16}
+TIMES = {"ppo": 1, "drpo": 1, "dpo": 3, "reward_model": 10}  # updates of each for one of PPO
 STAGES = {"ppo": ("rollout", "score", "optimise"), "dpo": ("update",), "reward_model": ("update",)}
 STAGES["drpo"] = STAGES["ppo"]
 
@@ -165,11 +166,12 @@ def compare(args, folder):
     for size in args.sizes:
         make(folder / size, **SIZES[size], stop=args.stop)
         for job in args.jobs:
-            sides = {"ours": partial(ours, job, folder / size, args.updates)}
+            updates = args.updates * TIMES[job]
+            sides = {"ours": partial(ours, job, folder / size, updates)}
             if job == "drpo":
-                sides["other"] = partial(ours, "ppo", folder / size, args.updates)
+                sides["other"] = partial(ours, "ppo", folder / size, updates)
             elif args.trl_python:
-                sides["other"] = partial(theirs, job, folder / size, args.updates, args.trl_python, args.stop)
+                sides["other"] = partial(theirs, job, folder / size, updates, args.trl_python, args.stop)
             rounds = []
             for number in range(args.rounds):
                 names = list(sides) if number % 2 == 0 else list(sides)[::-1]
@@ -261,7 +263,9 @@ if __name__ == "__main__":
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--jobs", nargs="+", choices=BATCH, default=list(BATCH))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=3, help="timed updates per process, after one for warm-up")
+    parser.add_argument(
+        "--updates", type=int, default=1, help="timed updates of PPO per process, after one for warm-up"
+    )
     parser.add_argument("--trl-python", default="", help="python of an environment with trl==1.12.0")
     parser.add_argument("--stop", action="store_true", help="responses end, after 25 tokens on average")
     parser.add_argument("--profile", action="store_true")
