@@ -15,13 +15,18 @@ with PPO). "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr. What 
  5. the prefix costs one forward pass, officially every forced token is decoded; the reset draws are seeded (635 there).
 """
 
+import fcntl
+import hashlib
 import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -58,6 +63,12 @@ class Args:
     """folder for the final model; a folder already there is kept under a numbered name"""
     run_name: str = ""
     """folder under runs/ for metrics.jsonl, args.json and the picture; empty: script, seed and time"""
+    resume: str = ""
+    """run to go on with: its name under runs/; the other flags are those of the run"""
+    save_every: int = 20
+    """updates between two checkpoints in the run's folder, for --resume"""
+    keep_checkpoints: int = 2
+    """newest checkpoints to keep"""
     eval_split: str = "test"
     """split for the final table; the picture uses `validation`"""
     eval_every: int = 5
@@ -122,6 +133,27 @@ def fail(message):
     sys.exit(2)
 
 
+def read_args():
+    """The command line; with --resume the flags of that run, of which few may be given another value."""
+    args = tyro.cli(Args)
+    if args.resume:
+        try:
+            with open(os.path.join("runs", args.resume, "args.json")) as file:
+                saved = json.load(file) | {"resume": args.resume}
+        except (OSError, ValueError) as error:
+            fail(f"--resume {args.resume}: there is no such run: {error}")
+        if saved.keys() != vars(args).keys():
+            fail(f"--resume {args.resume} is a run of another script or version: its flags are {', '.join(saved)}")
+        args = tyro.cli(Args, default=Args(**saved))
+        free = {"save_every", "keep_checkpoints", "output_dir", "micro_batch_size", "gradient_checkpointing"}
+        for name in sorted(saved.keys() - free):
+            old, new, may_grow = saved[name], getattr(args, name), name in ("total_episodes", "num_epochs")
+            if new != old and not (may_grow and new > old):
+                change = "can only grow" if may_grow else "cannot change"
+                fail(f"--{name.replace('_', '-')} is {old!r} in {args.resume} and {change} within a run")
+    return args
+
+
 def check_numbers(args, may_be_0):
     """Ends the program at a flag whose number makes no sense; missing_eos_score alone may be negative."""
     for name, value in vars(args).items():
@@ -181,6 +213,12 @@ def build_missing(*wanted):
             print(f"{path} does not exist yet: running {script} on the embedded task first", flush=True)
             if subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), script)]).returncode != 0:
                 fail(f"{script} did not finish")
+
+
+def trainable(**models):
+    """Name -> parameter of everything that is trained."""
+    named = {kind: model.named_parameters() for kind, model in models.items()}
+    return {f"{kind}.{name}": p for kind, pairs in named.items() for name, p in pairs if p.requires_grad}
 
 
 def load_rows(dataset, config, splits, columns, tokenizer):
@@ -294,8 +332,10 @@ def token_logprobs(model, prompt_ids, prompt_mask, response_ids, response_mask, 
     The output head runs there only. note: logits that a model rescales after its head need that added here and below.
     """
     states = response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)[:, :-1]
-    logits = model.get_output_embeddings()(states[action_mask])  # (actions, V)
-    picked = TokenLogprob.apply(logits, response_ids[action_mask], temperature)
+    hidden, tokens = states[action_mask], response_ids[action_mask]  # (actions, d), (actions,)
+    rows = len(tokens) if torch.is_grad_enabled() else 256  # without gradients, logits need not live on
+    parts, head = zip(hidden.split(rows), tokens.split(rows)), model.get_output_embeddings()
+    picked = torch.cat([TokenLogprob.apply(head(part), aim, temperature) for part, aim in parts])
     return torch.zeros_like(action_mask, dtype=picked.dtype).masked_scatter(action_mask, picked)
 
 
@@ -439,9 +479,21 @@ def evaluate(policy, ref_policy, reward_model, tokenizer, rows, args, device):
     return texts, {name: value.float().mean().item() for name, value in means.items()}
 
 
+@contextmanager
+def writing(path):
+    """A full disk, a folder that cannot be written: one line, and nothing half-written stays."""
+    try:
+        yield
+    except Exception as error:  # torch and safetensors raise kinds of their own
+        if os.path.isfile(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
+        fail(f"cannot write {path}: {(str(error) or repr(error)).splitlines()[0]}")
+
+
 def log_metrics(run_dir, writer, metrics):
     """One line of metrics.jsonl; the same numbers to TensorBoard where it is installed."""
-    with open(os.path.join(run_dir, "metrics.jsonl"), "a") as file:
+    path = os.path.join(run_dir, "metrics.jsonl")
+    with writing(path), open(path, "a") as file:
         file.write(json.dumps(metrics) + "\n")
     for name, value in metrics.items() if writer else ():
         writer.add_scalar(name, value, metrics["update"])
@@ -450,16 +502,17 @@ def log_metrics(run_dir, writer, metrics):
 def save_folder(path, *parts):
     """save_pretrained of every part under a temporary name, then renamed; an earlier `path` becomes path.1, path.2."""
     path = os.path.normpath(path)
-    for part in parts:
-        if hasattr(part, "merge_and_unload"):  # with LoRA: the adapter alone, and the weights with it added
-            part.save_pretrained(os.path.join(f"{path}.tmp", "adapter"), save_embedding_layers=False)
-            part = part.merge_and_unload(safe_merge=True)  # safe: on a copy
-        part.save_pretrained(f"{path}.tmp")
-    if os.path.exists(path):
-        number = next(n for n in range(1, 10**6) if not os.path.exists(f"{path}.{n}"))
-        print(f"keeping the earlier {path} as {path}.{number}")
-        os.rename(path, f"{path}.{number}")
-    os.rename(f"{path}.tmp", path)
+    with writing(path):
+        for part in parts:
+            if hasattr(part, "merge_and_unload"):  # with LoRA: the adapter alone, and the weights with it added
+                part.save_pretrained(os.path.join(f"{path}.tmp", "adapter"), save_embedding_layers=False)
+                part = part.merge_and_unload(safe_merge=True)  # safe: on a copy
+            part.save_pretrained(f"{path}.tmp")
+        if os.path.exists(path):
+            number = next(n for n in range(1, 10**6) if not os.path.exists(f"{path}.{n}"))
+            print(f"keeping the earlier {path} as {path}.{number}")
+            os.rename(path, f"{path}.{number}")
+        os.rename(f"{path}.tmp", path)
 
 
 def plot_run(history, path):
@@ -476,9 +529,89 @@ def plot_run(history, path):
     figure.savefig(path, dpi=120)
 
 
+# runs that survive their process
+def checkpoints(run_dir):
+    """Paths of the run's checkpoints, oldest first."""
+    names = sorted(name for name in os.listdir(run_dir) if re.fullmatch(r"checkpoint_\d+_\w+\.pt", name))
+    return [os.path.join(run_dir, name) for name in names]
+
+
+def open_run(run_dir, args, parameters, optimizer):
+    """Takes the folder of a new run, or of --resume, for this process alone, and goes back to the last whole checkpoint.
+
+    -> updates done, history as it was saved. No generator is restored: every draw is fixed by seed and update.
+    """
+    state, metrics = {"update": 0, "history": None, "parameters": {}}, os.path.join(run_dir, "metrics.jsonl")
+    with writing(f"in {run_dir}, where another process may be at work"):
+        if not args.resume:
+            os.makedirs(f"{run_dir}.tmp{os.getpid()}")
+            with open(os.path.join(f"{run_dir}.tmp{os.getpid()}", "args.json"), "w") as file:
+                json.dump(vars(args), file, indent=2)
+            os.rename(f"{run_dir}.tmp{os.getpid()}", run_dir)  # fails where another run has the name by now
+        lock = os.open(os.path.join(run_dir, "args.json"), os.O_RDONLY)  # stays open as long as the process lives
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for path in reversed(checkpoints(run_dir)):
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() in path:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                optimizer.load_state_dict(state["optimizer"])
+                break
+        print(f"note: {path} is damaged, now {path}.damaged")
+        os.rename(path, f"{path}.damaged")
+    with torch.no_grad():
+        for name, saved in state["parameters"].items():
+            parameters[name].copy_(saved)
+    lines = open(metrics).readlines() if os.path.exists(metrics) else []
+    with open(f"{metrics}.tmp", "w") as file:  # one line an update; those after the checkpoint will come again
+        file.writelines(lines[: state["update"]])
+    os.replace(f"{metrics}.tmp", metrics)
+    return state["update"], state["history"]
+
+
+def save_checkpoint(run_dir, args, parameters, optimizer, update, history):
+    """Written under a temporary name, then renamed to one with its checksum; the newest --keep-checkpoints stay."""
+    path = os.path.join(run_dir, f"checkpoint_{update:08d}")
+    if any(name.startswith(path) for name in checkpoints(run_dir)):
+        return
+    state = {"update": update, "history": history, "parameters": parameters, "optimizer": optimizer.state_dict()}
+    with writing(path):
+        with open(f"{path}.tmp", "wb+") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        os.rename(f"{path}.tmp", f"{path}_{checksum}.pt")
+    for old in checkpoints(run_dir)[: -args.keep_checkpoints]:
+        os.remove(old)
+
+
+def catch_signals():
+    """A list that SIGTERM or Ctrl-C goes into, for the end of the update; a second one ends the program at once."""
+    received, numbers = [], (signal.SIGINT, signal.SIGTERM)
+
+    def receive(number, _):
+        received.append(number)
+        print("\nstopping after this update; once more: at once", file=sys.stderr, flush=True)
+        for again in numbers:
+            signal.signal(again, signal.SIG_DFL)
+
+    for number in numbers:
+        signal.signal(number, receive)
+    return received
+
+
+def fail_not_finite(update, rows, tensors, parameters):
+    """Ends the program; names what holds NaN or infinity, at most five of them, and the rows that were at work."""
+    tensors = tensors | {f"gradient of {name}": p.grad for name, p in parameters.items() if p.grad is not None}
+    names = [name for name, value in tensors.items() if not torch.as_tensor(value).isfinite().all()]
+    rows = ", ".join(map(str, sorted(rows.tolist())))
+    fail(f"update {update}: not finite: {', '.join(names[:5])}; rows {rows} of --train-split")
+
+
 if __name__ == "__main__":
     # arguments
-    args = tyro.cli(Args)
+    args = read_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_numbers(args, ("seed", "lora_rank", "learning_rate", "kl_coef", "vf_coef", "gamma", "gae_lambda", "beta"))
@@ -487,11 +620,12 @@ if __name__ == "__main__":
         fail("--total-episodes must be at least --batch-size, and --minibatch-size must divide --batch-size")
     if not 0 <= args.beta <= 1:  # new in DR-PO:
         fail(f"--beta {args.beta} is a probability, it must lie in 0..1")
-    run_name = args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
+    run_name = args.resume or args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
     run_dir = os.path.join("runs", run_name)
-    if os.path.exists(run_dir):
+    if os.path.exists(run_dir) and not args.resume:
         fail(f"--run-name {run_name}: {run_dir} already exists, choose another name")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors, read at the first of them
     torch.set_autocast_dtype(device.type, torch.bfloat16)
     torch.set_autocast_cache_enabled(False)  # note: its copies of the weights would outlive an optimizer step
     torch.set_autocast_enabled(device.type, args.dtype == "bfloat16")
@@ -524,31 +658,33 @@ if __name__ == "__main__":
         fail(f"--reward-path {args.reward_path} is no reward model: it must have exactly one output")
     trained = make_trainable(policy, ref_policy, args)
     make_trainable(critic, reward_model, args)  # differs from official code: LoRA freezes the value head there
-    parameters = [*policy.parameters(), *critic.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
+    parameters = trainable(policy=policy, critic=critic)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     train, validation, held_out = (splits[name] for name in names)
     epochs = range(-(-args.total_episodes // len(train)))  # each a new shuffle of the train split
     order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
 
     # log
-    os.makedirs(run_dir)
-    with open(os.path.join(run_dir, "args.json"), "w") as file:
-        json.dump(vars(args), file, indent=2)
+    done, history = open_run(run_dir, args, parameters, optimizer)
+    save = partial(save_checkpoint, run_dir, args, parameters, optimizer)
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         SummaryWriter = None
-    writer = SummaryWriter and SummaryWriter(run_dir)
+    writer = SummaryWriter and SummaryWriter(run_dir, purge_step=done + 1)
     frozen = (ref_policy, reward_model, tokenizer)
-    history = [{"episodes": 0} | evaluate(policy, *frozen, validation[: args.eval_rows], args, device)[1]]
-    progress = tqdm(range(1, num_updates + 1), unit="update")
+    if not done:
+        history = [{"episodes": 0} | evaluate(policy, *frozen, validation[: args.eval_rows], args, device)[1]]
+    signals = catch_signals()
+    progress = tqdm(range(done + 1, num_updates + 1), initial=done, total=num_updates, unit="update")
     for update in progress:
         clock = [time.perf_counter()]
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * (1 - (update - 1) / num_updates)
 
         # 1 sample prompts
-        rows = [train[i] for i in order[(update - 1) * args.batch_size : update * args.batch_size]]
+        picked = order[(update - 1) * args.batch_size : update * args.batch_size]
+        rows = [train[i] for i in picked]
         prompts = pad([row["prompt_ids"] for row in rows], "left", device)  # ids (B, P), mask (B, P)
         rng = np.random.default_rng([args.seed, SAMPLING, update])
         uniforms = torch.from_numpy(rng.random((args.batch_size, args.response_length), dtype=np.float32)).to(device)
@@ -578,6 +714,11 @@ if __name__ == "__main__":
         logprobs = in_chunks(token_logprobs, policy, size, *batch, action_mask, temperature=temperature)
         ref_logprobs = in_chunks(token_logprobs, ref_policy, size, *batch, action_mask, temperature=temperature)
         values = in_chunks(token_values, critic, size, *batch)  # (B, R)
+        found = {"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
+        bad = torch.stack([~x.isfinite().view(len(x), -1).all(1) for x in found.values()]).any(0)  # (B,)
+        if bad.any():
+            save(update - 1, history)
+            fail_not_finite(update, picked[bad.cpu()], found, {})
 
         # 4 KL penalty and advantages
         kl = logprobs - ref_logprobs  # (B, R), 0 off the actions: differs from official code (drpo.py:808)
@@ -594,20 +735,26 @@ if __name__ == "__main__":
             for micro in minibatch[prompts[1].sum(1)[minibatch].argsort(stable=True)].split(size):
                 mask, part = action_mask[micro], [tensor[micro] for tensor in batch]
                 new_logprobs = token_logprobs(policy, *part, mask, temperature)
-                new_values = token_values(critic, *part)
                 log_ratio = new_logprobs - logprobs[micro]
                 terms = {
                     "loss/policy": policy_loss(new_logprobs, logprobs[micro], advantages[micro], args.clip_coef),
-                    "loss/value": value_loss(new_values, values[micro], returns[micro], args.clip_coef),
                     "policy/approx_kl": log_ratio.expm1() - log_ratio,
                     "policy/clipfrac": log_ratio.expm1().abs() > args.clip_coef,
                     "policy/ratio_error": log_ratio.expm1().abs(),
                 }  # each (micro, R)
                 terms = {name: (term * mask).sum() / num_actions for name, term in terms.items()}
-                (terms["loss/policy"] + args.vf_coef * terms["loss/value"]).backward()
+                terms["loss/policy"].backward()  # now, so that the critic's activations find its memory free
+                losses = value_loss(token_values(critic, *part), values[micro], returns[micro], args.clip_coef)
+                terms["loss/value"] = (losses * mask).sum() / num_actions
+                (args.vf_coef * terms["loss/value"]).backward()
                 sums.update({name: term.item() for name, term in terms.items()})
             # differs from official code: the gradient is clipped, and AdamW decays no weights
-            sums["policy/grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+            norm = torch.nn.utils.get_total_norm(p.grad for p in parameters.values() if p.grad is not None)
+            sums["policy/grad_norm"] = norm.item()
+            if not all(math.isfinite(x) for x in sums.values()):
+                save(update - 1, history)  # the weights from before this step
+                fail_not_finite(update, picked[minibatch.cpu()], dict(sums), parameters)
+            torch.nn.utils.clip_grads_with_norm_(parameters.values(), args.max_grad_norm, norm)
             optimizer.step()
             optimizer.zero_grad()
             stats.append(sums)
@@ -632,6 +779,12 @@ if __name__ == "__main__":
             metrics |= {f"eval/{name}": value for name, value in point.items()}
         log_metrics(run_dir, writer, metrics)
         progress.set_postfix(score=scores.mean().item(), kl=metrics["objective/kl"], win=history[-1]["win_rate"])
+        if update % args.save_every == 0 or update == num_updates or signals:
+            save(update, history)
+        if signals:
+            sys.exit(f"stopped after update {update} of {num_updates}; to go on: --resume {run_name}")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # nothing left to finish
 
     # 7 save, evaluate on held-out prompts, show
     save_folder(args.output_dir, trained, tokenizer)
@@ -644,7 +797,9 @@ if __name__ == "__main__":
     for row, sft_text, text in list(zip(held_out, sft_texts, texts))[:3]:
         print(f"\n{row['prompt']}\n  reference:{row['completion']}\n  SFT:      {sft_text}\n  tuned:    {text}")
     # new in DR-PO: from a reset, [dataset prefix] in brackets, then the policy's own tokens
-    kept = sample_reset_len(np.array([len(row["reset_ids"]) for row in held_out[:3]]), 1.0, rng)
+    kept = sample_reset_len(
+        np.array([len(row["reset_ids"]) for row in held_out[:3]]), 1.0, np.random.default_rng([args.seed, RESETS])
+    )
     states = [row | {"prompt_ids": row["prompt_ids"] + row["reset_ids"][:k]} for row, k in zip(held_out, kept)]
     for row, k, own in zip(held_out, kept, evaluate(policy, *frozen, states, args, device)[0]):
         print(f"\n  from a reset: [{tokenizer.decode(row['reset_ids'][:k])}]{own}")

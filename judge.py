@@ -256,8 +256,10 @@ def token_logprobs(model, prompt_ids, prompt_mask, response_ids, response_mask, 
     The output head runs there only. note: logits that a model rescales after its head need that added here and below.
     """
     states = response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)[:, :-1]
-    logits = model.get_output_embeddings()(states[action_mask])  # (actions, V)
-    picked = TokenLogprob.apply(logits, response_ids[action_mask], temperature)
+    hidden, tokens = states[action_mask], response_ids[action_mask]  # (actions, d), (actions,)
+    rows = len(tokens) if torch.is_grad_enabled() else 256  # without gradients, logits need not live on
+    parts, head = zip(hidden.split(rows), tokens.split(rows)), model.get_output_embeddings()
+    picked = torch.cat([TokenLogprob.apply(head(part), aim, temperature) for part, aim in parts])
     return torch.zeros_like(action_mask, dtype=picked.dtype).masked_scatter(action_mask, picked)
 
 
@@ -592,6 +594,7 @@ if __name__ == "__main__":
     if os.path.exists(run_dir):
         fail(f"--run-name {run_name}: {run_dir} already exists, choose another name")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors, read at the first of them
     torch.set_autocast_dtype(device.type, torch.bfloat16)
     torch.set_autocast_cache_enabled(False)  # note: its copies of the weights would outlive an optimizer step
     torch.set_autocast_enabled(device.type, args.dtype == "bfloat16")

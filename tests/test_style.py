@@ -93,9 +93,9 @@ def test_every_field_is_explained_and_read(path):
 def test_scripts_stay_short():
     lengths = {path.name: len(path.read_text().splitlines()) for path in SCRIPTS}
     print(f"lines {lengths}")
-    assert lengths["ppo.py"] <= 600
-    assert lengths["drpo.py"] <= 640
-    assert lengths["dpo.py"] <= 410
+    assert lengths["ppo.py"] <= 770
+    assert lengths["drpo.py"] <= 810
+    assert lengths["dpo.py"] <= 580
 
 
 def test_drpo_is_ppo_plus_the_idea():
