@@ -25,11 +25,13 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
@@ -64,6 +66,8 @@ class Args:
     """updates between two checkpoints in the run's folder, for --resume"""
     keep_checkpoints: int = 2
     """newest checkpoints to keep"""
+    process_timeout: int = 1800
+    """seconds that the processes of torchrun wait for each other before the run fails"""
     eval_every: int = 5
     """updates between two evaluations on the validation split"""
     eval_rows: int = 1000
@@ -181,10 +185,27 @@ def build_missing(*wanted):
     for path, default, script in sorted(wanted, key=lambda item: item[0] == item[1]):
         if path != default:
             load(AutoTokenizer, path)
-        elif not os.path.isdir(path):
+        elif not os.path.isdir(path) and os.environ.get("RANK", "0") == "0":
             print(f"{path} does not exist yet: running {script} on the embedded task first", flush=True)
-            if subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), script)]).returncode != 0:
+            alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+            command = [sys.executable, os.path.join(os.path.dirname(__file__), script)]
+            if subprocess.run(command, env=alone).returncode != 0:
                 fail(f"{script} did not finish")
+    barrier()
+
+
+def start_processes(timeout):
+    """-> device, rank and number of processes; alone, or one of `torchrun --nproc-per-node N SCRIPT ...`."""
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(timeout=timedelta(seconds=timeout))  # gloo, and NCCL for tensors on a GPU
+    if rank > 0:  # rank 0 alone speaks and writes
+        sys.stdout = open(os.devnull, "w")
+    return device, rank, dist.get_world_size()
 
 
 def trainable(**models):
@@ -297,13 +318,44 @@ def pair_states(model, prompt_ids, prompt_mask, pair_ids, pair_mask, share):
     return torch.cat([first.repeat_interleave(2, 0), rest], dim=1)
 
 
+def gather(rows):
+    """Every torchrun process's rows (n, ...), dealt out in turn -> all of them (n * processes, ...), in order."""
+    if not dist.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def barrier():
+    """Waits for the other processes of torchrun, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_processes(sums, parameters):
+    """Adds up sums (name -> number) and gradients, in place, over all processes of torchrun."""
+    if dist.is_initialized():
+        gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64)
+        for tensor in (totals, *gradients):
+            dist.all_reduce(tensor)
+        for name, total in zip(list(sums), totals.tolist()):
+            sums[name] = total
+
+
 @torch.no_grad()
 def in_chunks(function, model, size, *tensors, key=None, **kwargs):
-    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then prompt."""
+    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then prompt.
+
+    The processes of torchrun share the rows; every one gets the whole result.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     order = tensors[1].sum(1).argsort(stable=True)  # prompts of one length together need little padding
     order = order if key is None else order[key[order].argsort(stable=True)]
-    parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in order.split(size)]
-    return torch.cat(parts)[order.argsort()]
+    mine = order.repeat(world)[: -(-len(order) // world) * world][rank::world]  # equally many for every process
+    parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in mine.split(size)]
+    return gather(torch.cat(parts))[order.argsort()]
 
 
 def pair_logprobs(model, prompt_ids, prompt_mask, pair_ids, pair_mask, share):
@@ -336,10 +388,10 @@ def writing(path):
     """A full disk, a folder that cannot be written: one line, and nothing half-written stays."""
     try:
         yield
-    except Exception as error:  # torch and safetensors raise kinds of their own
+    except Exception as error:  # torch and safetensors raise kinds of their own, torch over the one that says why
         if os.path.isfile(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
-        fail(f"cannot write {path}: {(str(error) or repr(error)).splitlines()[0]}")
+        fail(f"cannot write {path}: {str(error.__context__ or error).splitlines()[0]}")
 
 
 def log_metrics(run_dir, writer, metrics):
@@ -379,16 +431,20 @@ def open_run(run_dir, args, parameters, optimizer):
 
     -> updates done, history as it was saved. No generator is restored: every draw is fixed by seed and update.
     """
+    first = not dist.is_initialized() or dist.get_rank() == 0  # it alone writes, then the others read
     state, metrics = {"update": 0, "history": None, "parameters": {}}, os.path.join(run_dir, "metrics.jsonl")
+    if not first:
+        barrier()
     with writing(f"in {run_dir}, where another process may be at work"):
-        if not args.resume:
+        if first and not args.resume:
             os.makedirs(f"{run_dir}.tmp{os.getpid()}")
             with open(os.path.join(f"{run_dir}.tmp{os.getpid()}", "args.json"), "w") as file:
                 json.dump(vars(args), file, indent=2)
             os.rename(f"{run_dir}.tmp{os.getpid()}", run_dir)  # fails where another run has the name by now
-        lock = os.open(os.path.join(run_dir, "args.json"), os.O_RDONLY)  # stays open as long as the process lives
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    for path in reversed(checkpoints(run_dir)):
+        if first:
+            lock = os.open(os.path.join(run_dir, "args.json"), os.O_RDONLY)  # stays open as long as the process lives
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for path in reversed(checkpoints(run_dir)) if args.resume else ():
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() in path:
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -399,17 +455,22 @@ def open_run(run_dir, args, parameters, optimizer):
     with torch.no_grad():
         for name, saved in state["parameters"].items():
             parameters[name].copy_(saved)
-    lines = open(metrics).readlines() if os.path.exists(metrics) else []
-    with open(f"{metrics}.tmp", "w") as file:  # one line an update; those after the checkpoint will come again
-        file.writelines(lines[: state["update"]])
-    os.replace(f"{metrics}.tmp", metrics)
+    if first:
+        for name in os.listdir(run_dir):
+            if name.endswith(".tmp"):  # a process was killed as it wrote this
+                os.remove(os.path.join(run_dir, name))
+        lines = open(metrics).readlines() if os.path.exists(metrics) else []
+        with open(f"{metrics}.tmp", "w") as file:  # one line an update; those after the checkpoint will come again
+            file.writelines(lines[: state["update"]])
+        os.replace(f"{metrics}.tmp", metrics)
+        barrier()
     return state["update"], state["history"]
 
 
-def save_checkpoint(run_dir, args, parameters, optimizer, update, history):
+def save_checkpoint(run_dir, args, parameters, optimizer, rank, update, history):
     """Written under a temporary name, then renamed to one with its checksum; the newest --keep-checkpoints stay."""
     path = os.path.join(run_dir, f"checkpoint_{update:08d}")
-    if any(name.startswith(path) for name in checkpoints(run_dir)):
+    if rank > 0 or any(name.startswith(path) for name in checkpoints(run_dir)):
         return
     state = {"update": update, "history": history, "parameters": parameters, "optimizer": optimizer.state_dict()}
     with writing(path):
@@ -441,6 +502,7 @@ def catch_signals():
 
 def fail_not_finite(update, rows, tensors, parameters):
     """Ends the program; names what holds NaN or infinity, at most five of them, and the rows that were at work."""
+    barrier()  # rank 0 may still be saving
     tensors = tensors | {f"gradient of {name}": p.grad for name, p in parameters.items() if p.grad is not None}
     names = [name for name, value in tensors.items() if not torch.as_tensor(value).isfinite().all()]
     rows = ", ".join(map(str, sorted(rows.tolist())))
@@ -453,11 +515,13 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_numbers(args, ("seed", "lora_rank", "learning_rate"))
+    device, rank, world = start_processes(args.process_timeout)
+    if args.batch_size % world:
+        fail(f"--batch-size {args.batch_size} must be a multiple of the {world} processes")
     run_name = args.resume or args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
     run_dir = os.path.join("runs", run_name)
-    if os.path.exists(run_dir) and not args.resume:
+    if os.path.exists(run_dir) and not args.resume and rank == 0:
         fail(f"--run-name {run_name}: {run_dir} already exists, choose another name")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors, read at the first of them
     torch.set_autocast_dtype(device.type, torch.bfloat16)
     torch.set_autocast_cache_enabled(False)  # note: its copies of the weights would outlive an optimizer step
@@ -502,7 +566,7 @@ if __name__ == "__main__":
     # differs from official code (dpo.py): no second model in memory, no second forward pass per batch
     ref_logprobs, start = {}, time.perf_counter()  # split -> (rows, 2)
     for split, rows in splits.items():
-        starts = tqdm(range(0, len(rows), size), desc=f"reference log-probs, {split}")
+        starts = tqdm(range(0, len(rows), size), desc=f"reference log-probs, {split}", disable=rank > 0)
         parts = [in_chunks(logprobs_of, policy, size, *tensors_of(rows[start : start + size])) for start in starts]
         ref_logprobs[split] = torch.cat(parts)
     reference_seconds = time.perf_counter() - start
@@ -510,15 +574,15 @@ if __name__ == "__main__":
 
     # log
     done, history = open_run(run_dir, args, parameters, optimizer)
-    save = partial(save_checkpoint, run_dir, args, parameters, optimizer)
+    save = partial(save_checkpoint, run_dir, args, parameters, optimizer, rank)
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         SummaryWriter = None
-    writer = SummaryWriter and SummaryWriter(run_dir, purge_step=done + 1)
+    writer = rank == 0 and SummaryWriter and SummaryWriter(run_dir, purge_step=done + 1)
     results = history or {"before": {name: term.mean().item() for name, term in terms.items()}}
     signals = catch_signals()
-    progress = tqdm(range(done + 1, num_updates + 1), initial=done, total=num_updates, unit="update")
+    progress = tqdm(range(done + 1, num_updates + 1), initial=done, total=num_updates, unit="update", disable=rank > 0)
     for update in progress:
         start = time.perf_counter()
         for group in optimizer.param_groups:
@@ -529,13 +593,14 @@ if __name__ == "__main__":
         picked = picked[np.argsort([len(train[i]["prompt_ids"]) for i in picked], kind="stable")]  # little padding
         batch = (*tensors_of([train[i] for i in picked]), ref_logprobs[args.train_split][picked])
         means = Counter()
-        for *part, part_ref_logprobs in zip(*(tensor.split(size) for tensor in batch)):
+        for *part, part_ref_logprobs in zip(*(tensor[rank::world].split(size) for tensor in batch)):
             terms = pair_terms(logprobs_of(policy, *part), part_ref_logprobs, args.beta)
             terms = {name: term.sum() / len(picked) for name, term in terms.items()}
             terms["loss"].backward()
             means.update({name: term.item() for name, term in terms.items()})
 
         # 3 step
+        sum_over_processes(means, parameters)
         norm = torch.nn.utils.get_total_norm(p.grad for p in parameters.values() if p.grad is not None)
         grad_norm = norm.item()
         if not math.isfinite(means["loss"] + grad_norm):
@@ -555,17 +620,21 @@ if __name__ == "__main__":
             results["after"] = {name: term.mean().item() for name, term in terms.items()}
             metrics |= {f"eval/{name}": value for name, value in results["after"].items()}
             progress.set_postfix(loss=means["loss"], validation=metrics["eval/loss"])
-        log_metrics(run_dir, writer, metrics)
-        if update % args.save_every == 0 or update == num_updates or signals:
+        if rank == 0:
+            log_metrics(run_dir, writer, metrics)
+        sum_over_processes(stop := {"signals": len(signals)}, {})
+        if update % args.save_every == 0 or update == num_updates or stop["signals"]:
             save(update, results)
-        if signals:
+        if stop["signals"]:
+            barrier()
             sys.exit(f"stopped after update {update} of {num_updates}; to go on: --resume {run_name}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # nothing left to finish
 
     # 5 save, compare the validation split before and after
-    save_folder(args.output_dir, trained, tokenizer)
-    with open(os.path.join(run_dir, "result.json"), "w") as file:
+    if rank == 0:
+        save_folder(args.output_dir, trained, tokenizer)
+    with open(os.path.join(run_dir, "result.json") if rank == 0 else os.devnull, "w") as file:
         json.dump(results, file, indent=2)
     print(f"\n{len(validation)} pairs of validation".ljust(26) + "".join(f"{name:>10}" for name in results))
     for name in results["before"]:

@@ -28,11 +28,13 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
@@ -69,6 +71,8 @@ class Args:
     """updates between two checkpoints in the run's folder, for --resume"""
     keep_checkpoints: int = 2
     """newest checkpoints to keep"""
+    process_timeout: int = 1800
+    """seconds that the processes of torchrun wait for each other before the run fails"""
     eval_split: str = "test"
     """split for the final table; the picture uses `validation`"""
     eval_every: int = 5
@@ -209,10 +213,27 @@ def build_missing(*wanted):
     for path, default, script in sorted(wanted, key=lambda item: item[0] == item[1]):
         if path != default:
             load(AutoTokenizer, path)
-        elif not os.path.isdir(path):
+        elif not os.path.isdir(path) and os.environ.get("RANK", "0") == "0":
             print(f"{path} does not exist yet: running {script} on the embedded task first", flush=True)
-            if subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), script)]).returncode != 0:
+            alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+            command = [sys.executable, os.path.join(os.path.dirname(__file__), script)]
+            if subprocess.run(command, env=alone).returncode != 0:
                 fail(f"{script} did not finish")
+    barrier()
+
+
+def start_processes(timeout):
+    """-> device, rank and number of processes; alone, or one of `torchrun --nproc-per-node N SCRIPT ...`."""
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(timeout=timedelta(seconds=timeout))  # gloo, and NCCL for tensors on a GPU
+    if rank > 0:  # rank 0 alone speaks and writes
+        sys.stdout = open(os.devnull, "w")
+    return device, rank, dist.get_world_size()
 
 
 def trainable(**models):
@@ -352,13 +373,44 @@ def sequence_scores(reward_model, prompt_ids, prompt_mask, response_ids, respons
     return reward_model.score(last).squeeze(-1).float() - getattr(reward_model.config, "score_mean", 0.0)
 
 
+def gather(rows):
+    """Every torchrun process's rows (n, ...), dealt out in turn -> all of them (n * processes, ...), in order."""
+    if not dist.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def barrier():
+    """Waits for the other processes of torchrun, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_processes(sums, parameters):
+    """Adds up sums (name -> number) and gradients, in place, over all processes of torchrun."""
+    if dist.is_initialized():
+        gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64)
+        for tensor in (totals, *gradients):
+            dist.all_reduce(tensor)
+        for name, total in zip(list(sums), totals.tolist()):
+            sums[name] = total
+
+
 @torch.no_grad()
 def in_chunks(function, model, size, *tensors, key=None, **kwargs):
-    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then prompt."""
+    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then prompt.
+
+    The processes of torchrun share the rows; every one gets the whole result.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     order = tensors[1].sum(1).argsort(stable=True)  # prompts of one length together need little padding
     order = order if key is None else order[key[order].argsort(stable=True)]
-    parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in order.split(size)]
-    return torch.cat(parts)[order.argsort()]
+    mine = order.repeat(world)[: -(-len(order) // world) * world][rank::world]  # equally many for every process
+    parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in mine.split(size)]
+    return gather(torch.cat(parts))[order.argsort()]
 
 
 # rollout
@@ -484,10 +536,10 @@ def writing(path):
     """A full disk, a folder that cannot be written: one line, and nothing half-written stays."""
     try:
         yield
-    except Exception as error:  # torch and safetensors raise kinds of their own
+    except Exception as error:  # torch and safetensors raise kinds of their own, torch over the one that says why
         if os.path.isfile(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
-        fail(f"cannot write {path}: {(str(error) or repr(error)).splitlines()[0]}")
+        fail(f"cannot write {path}: {str(error.__context__ or error).splitlines()[0]}")
 
 
 def log_metrics(run_dir, writer, metrics):
@@ -541,16 +593,20 @@ def open_run(run_dir, args, parameters, optimizer):
 
     -> updates done, history as it was saved. No generator is restored: every draw is fixed by seed and update.
     """
+    first = not dist.is_initialized() or dist.get_rank() == 0  # it alone writes, then the others read
     state, metrics = {"update": 0, "history": None, "parameters": {}}, os.path.join(run_dir, "metrics.jsonl")
+    if not first:
+        barrier()
     with writing(f"in {run_dir}, where another process may be at work"):
-        if not args.resume:
+        if first and not args.resume:
             os.makedirs(f"{run_dir}.tmp{os.getpid()}")
             with open(os.path.join(f"{run_dir}.tmp{os.getpid()}", "args.json"), "w") as file:
                 json.dump(vars(args), file, indent=2)
             os.rename(f"{run_dir}.tmp{os.getpid()}", run_dir)  # fails where another run has the name by now
-        lock = os.open(os.path.join(run_dir, "args.json"), os.O_RDONLY)  # stays open as long as the process lives
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    for path in reversed(checkpoints(run_dir)):
+        if first:
+            lock = os.open(os.path.join(run_dir, "args.json"), os.O_RDONLY)  # stays open as long as the process lives
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for path in reversed(checkpoints(run_dir)) if args.resume else ():
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() in path:
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -561,17 +617,22 @@ def open_run(run_dir, args, parameters, optimizer):
     with torch.no_grad():
         for name, saved in state["parameters"].items():
             parameters[name].copy_(saved)
-    lines = open(metrics).readlines() if os.path.exists(metrics) else []
-    with open(f"{metrics}.tmp", "w") as file:  # one line an update; those after the checkpoint will come again
-        file.writelines(lines[: state["update"]])
-    os.replace(f"{metrics}.tmp", metrics)
+    if first:
+        for name in os.listdir(run_dir):
+            if name.endswith(".tmp"):  # a process was killed as it wrote this
+                os.remove(os.path.join(run_dir, name))
+        lines = open(metrics).readlines() if os.path.exists(metrics) else []
+        with open(f"{metrics}.tmp", "w") as file:  # one line an update; those after the checkpoint will come again
+            file.writelines(lines[: state["update"]])
+        os.replace(f"{metrics}.tmp", metrics)
+        barrier()
     return state["update"], state["history"]
 
 
-def save_checkpoint(run_dir, args, parameters, optimizer, update, history):
+def save_checkpoint(run_dir, args, parameters, optimizer, rank, update, history):
     """Written under a temporary name, then renamed to one with its checksum; the newest --keep-checkpoints stay."""
     path = os.path.join(run_dir, f"checkpoint_{update:08d}")
-    if any(name.startswith(path) for name in checkpoints(run_dir)):
+    if rank > 0 or any(name.startswith(path) for name in checkpoints(run_dir)):
         return
     state = {"update": update, "history": history, "parameters": parameters, "optimizer": optimizer.state_dict()}
     with writing(path):
@@ -603,6 +664,7 @@ def catch_signals():
 
 def fail_not_finite(update, rows, tensors, parameters):
     """Ends the program; names what holds NaN or infinity, at most five of them, and the rows that were at work."""
+    barrier()  # rank 0 may still be saving
     tensors = tensors | {f"gradient of {name}": p.grad for name, p in parameters.items() if p.grad is not None}
     names = [name for name, value in tensors.items() if not torch.as_tensor(value).isfinite().all()]
     rows = ", ".join(map(str, sorted(rows.tolist())))
@@ -615,16 +677,18 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_numbers(args, ("seed", "lora_rank", "learning_rate", "kl_coef", "vf_coef", "gamma", "gae_lambda", "beta"))
+    device, rank, world = start_processes(args.process_timeout)
     num_updates = args.total_episodes // args.batch_size
     if num_updates < 1 or args.batch_size % args.minibatch_size:
         fail("--total-episodes must be at least --batch-size, and --minibatch-size must divide --batch-size")
+    if args.minibatch_size % world:
+        fail(f"--minibatch-size {args.minibatch_size} must be a multiple of the {world} processes")
     if not 0 <= args.beta <= 1:  # new in DR-PO:
         fail(f"--beta {args.beta} is a probability, it must lie in 0..1")
     run_name = args.resume or args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
     run_dir = os.path.join("runs", run_name)
-    if os.path.exists(run_dir) and not args.resume:
+    if os.path.exists(run_dir) and not args.resume and rank == 0:
         fail(f"--run-name {run_name}: {run_dir} already exists, choose another name")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors, read at the first of them
     torch.set_autocast_dtype(device.type, torch.bfloat16)
     torch.set_autocast_cache_enabled(False)  # note: its copies of the weights would outlive an optimizer step
@@ -666,17 +730,17 @@ if __name__ == "__main__":
 
     # log
     done, history = open_run(run_dir, args, parameters, optimizer)
-    save = partial(save_checkpoint, run_dir, args, parameters, optimizer)
+    save = partial(save_checkpoint, run_dir, args, parameters, optimizer, rank)
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         SummaryWriter = None
-    writer = SummaryWriter and SummaryWriter(run_dir, purge_step=done + 1)
+    writer = rank == 0 and SummaryWriter and SummaryWriter(run_dir, purge_step=done + 1)
     frozen = (ref_policy, reward_model, tokenizer)
     if not done:
         history = [{"episodes": 0} | evaluate(policy, *frozen, validation[: args.eval_rows], args, device)[1]]
     signals = catch_signals()
-    progress = tqdm(range(done + 1, num_updates + 1), initial=done, total=num_updates, unit="update")
+    progress = tqdm(range(done + 1, num_updates + 1), initial=done, total=num_updates, unit="update", disable=rank > 0)
     for update in progress:
         clock = [time.perf_counter()]
         for group in optimizer.param_groups:
@@ -732,7 +796,7 @@ if __name__ == "__main__":
         orders = [torch.from_numpy(rng.permutation(args.batch_size)).to(device) for _ in range(args.num_ppo_epochs)]
         for minibatch in [part for shuffled in orders for part in shuffled.split(args.minibatch_size)]:
             num_actions, sums = action_mask[minibatch].sum(), Counter()  # differs from official code (drpo.py:874)
-            for micro in minibatch[prompts[1].sum(1)[minibatch].argsort(stable=True)].split(size):
+            for micro in minibatch[prompts[1].sum(1)[minibatch].argsort(stable=True)][rank::world].split(size):
                 mask, part = action_mask[micro], [tensor[micro] for tensor in batch]
                 new_logprobs = token_logprobs(policy, *part, mask, temperature)
                 log_ratio = new_logprobs - logprobs[micro]
@@ -749,6 +813,7 @@ if __name__ == "__main__":
                 (args.vf_coef * terms["loss/value"]).backward()
                 sums.update({name: term.item() for name, term in terms.items()})
             # differs from official code: the gradient is clipped, and AdamW decays no weights
+            sum_over_processes(sums, parameters)
             norm = torch.nn.utils.get_total_norm(p.grad for p in parameters.values() if p.grad is not None)
             sums["policy/grad_norm"] = norm.item()
             if not all(math.isfinite(x) for x in sums.values()):
@@ -777,22 +842,26 @@ if __name__ == "__main__":
             point = evaluate(policy, *frozen, validation[: args.eval_rows], args, device)[1]
             history.append({"episodes": update * args.batch_size} | point)
             metrics |= {f"eval/{name}": value for name, value in point.items()}
-        log_metrics(run_dir, writer, metrics)
+        if rank == 0:
+            log_metrics(run_dir, writer, metrics)
         progress.set_postfix(score=scores.mean().item(), kl=metrics["objective/kl"], win=history[-1]["win_rate"])
-        if update % args.save_every == 0 or update == num_updates or signals:
+        sum_over_processes(stop := {"signals": len(signals)}, {})
+        if update % args.save_every == 0 or update == num_updates or stop["signals"]:
             save(update, history)
-        if signals:
+        if stop["signals"]:
+            barrier()
             sys.exit(f"stopped after update {update} of {num_updates}; to go on: --resume {run_name}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # nothing left to finish
 
     # 7 save, evaluate on held-out prompts, show
-    save_folder(args.output_dir, trained, tokenizer)
-    plot_run(history, os.path.join(run_dir, "run.png"))
+    if rank == 0:
+        save_folder(args.output_dir, trained, tokenizer)
+        plot_run(history, os.path.join(run_dir, "run.png"))
     sft_texts, sft_result = evaluate(ref_policy, *frozen, held_out, args, device)
     texts, result = evaluate(policy, *frozen, held_out, args, device)
     results = {"SFT": sft_result, "DR-PO": result}
-    with open(os.path.join(run_dir, "result.json"), "w") as file:
+    with open(os.path.join(run_dir, "result.json") if rank == 0 else os.devnull, "w") as file:
         json.dump(results, file, indent=2)
     for row, sft_text, text in list(zip(held_out, sft_texts, texts))[:3]:
         print(f"\n{row['prompt']}\n  reference:{row['completion']}\n  SFT:      {sft_text}\n  tuned:    {text}")

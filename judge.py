@@ -22,12 +22,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from datetime import timedelta
 from email.utils import parsedate_to_datetime
 from string import Template
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
@@ -60,6 +62,8 @@ class Args:
     """folder for generations and verdicts; those that still fit are used again, none is removed"""
     run_name: str = ""
     """folder under runs/ for table.md, result.json and args.json; empty: script, seed and time"""
+    process_timeout: int = 1800
+    """seconds that the processes of torchrun wait for each other before the run fails"""
 
     # completions
     temperature: float = 0.01
@@ -134,15 +138,32 @@ def check_size(model, path, tokenizer, length):
         fail(f"{path} has {positions} positions; --prompt-length and --response-length add up to {length}")
 
 
+def start_processes(timeout):
+    """-> device, rank and number of processes; alone, or one of `torchrun --nproc-per-node N SCRIPT ...`."""
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(timeout=timedelta(seconds=timeout))  # gloo, and NCCL for tensors on a GPU
+    if rank > 0:  # rank 0 alone speaks and writes
+        sys.stdout = open(os.devnull, "w")
+    return device, rank, dist.get_world_size()
+
+
 def build_missing(*wanted):
     """Checks every checkpoint (path, default path, script) that the user named, then trains the missing defaults."""
     for path, default, script in sorted(wanted, key=lambda item: item[0] == item[1]):
         if path != default:
             load(AutoTokenizer, path)
-        elif not os.path.isdir(path):
+        elif not os.path.isdir(path) and os.environ.get("RANK", "0") == "0":
             print(f"{path} does not exist yet: running {script} on the embedded task first", flush=True)
-            if subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), script)]).returncode != 0:
+            alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+            command = [sys.executable, os.path.join(os.path.dirname(__file__), script)]
+            if subprocess.run(command, env=alone).returncode != 0:
                 fail(f"{script} did not finish")
+    barrier()
 
 
 def load_rows(dataset, config, splits, columns, tokenizer):
@@ -270,13 +291,33 @@ def sequence_scores(reward_model, prompt_ids, prompt_mask, response_ids, respons
     return reward_model.score(last).squeeze(-1).float() - getattr(reward_model.config, "score_mean", 0.0)
 
 
+def gather(rows):
+    """Every torchrun process's rows (n, ...), dealt out in turn -> all of them (n * processes, ...), in order."""
+    if not dist.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def barrier():
+    """Waits for the other processes of torchrun, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 @torch.no_grad()
 def in_chunks(function, model, size, *tensors, key=None, **kwargs):
-    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then prompt."""
+    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then prompt.
+
+    The processes of torchrun share the rows; every one gets the whole result.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     order = tensors[1].sum(1).argsort(stable=True)  # prompts of one length together need little padding
     order = order if key is None else order[key[order].argsort(stable=True)]
-    parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in order.split(size)]
-    return torch.cat(parts)[order.argsort()]
+    mine = order.repeat(world)[: -(-len(order) // world) * world][rank::world]  # equally many for every process
+    parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in mine.split(size)]
+    return gather(torch.cat(parts))[order.argsort()]
 
 
 # rollout
@@ -593,7 +634,7 @@ if __name__ == "__main__":
     run_dir = os.path.join("runs", run_name)
     if os.path.exists(run_dir):
         fail(f"--run-name {run_name}: {run_dir} already exists, choose another name")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, rank, world = start_processes(args.process_timeout)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors, read at the first of them
     torch.set_autocast_dtype(device.type, torch.bfloat16)
     torch.set_autocast_cache_enabled(False)  # note: its copies of the weights would outlive an optimizer step
@@ -657,8 +698,8 @@ if __name__ == "__main__":
             check_size(policy, path, tokenizer, args.prompt_length + args.response_length)
             ref_policy = ref_policy or load(kind, args.sft_path, dtype=torch.float32).to(device).eval()
             lines = []
-            for start in tqdm(range(0, len(rows), size), desc=path, unit="batch"):
-                part = slice(start, start + size)
+            for start in tqdm(range(0, len(rows), size * world), desc=path, unit="batch", disable=rank > 0):
+                part = slice(start, start + size * world)
                 prompts = pad(prompt_ids[part], "left", device)  # ids (B, P), mask (B, P)
                 budget = torch.full((len(prompts[0]),), args.response_length, device=device)
                 context = (*prompts, uniforms[part], budget)
@@ -677,9 +718,16 @@ if __name__ == "__main__":
                     line = {"policy": path, "prompt": rows[start + i]["prompt"], "completion": text}
                     line |= {"reference": references[start + i], "kl": kl[i]}
                     lines.append(line | {"length": masks[i].sum().item(), "eos": ended[i]})
-            write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+            if rank == 0:
+                write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+        barrier()
         generations[path] = read_jsonl(file)
         print(f"{len(rows)} completions of {path}: {file}")
+
+    if dist.is_initialized():  # what is left takes one process
+        dist.destroy_process_group()
+    if rank > 0:
+        sys.exit()
 
     # 2 scores of the reward model, and of the judge if that is one
     def score(path, answers):

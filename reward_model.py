@@ -23,13 +23,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
@@ -64,6 +67,8 @@ class Args:
     """updates between two checkpoints in the run's folder, for --resume"""
     keep_checkpoints: int = 2
     """newest checkpoints to keep"""
+    process_timeout: int = 1800
+    """seconds that the processes of torchrun wait for each other before the run fails"""
     eval_split: str = "test"
     """split for the final table"""
 
@@ -179,10 +184,27 @@ def build_missing(*wanted):
     for path, default, script in sorted(wanted, key=lambda item: item[0] == item[1]):
         if path != default:
             load(AutoTokenizer, path)
-        elif not os.path.isdir(path):
+        elif not os.path.isdir(path) and os.environ.get("RANK", "0") == "0":
             print(f"{path} does not exist yet: running {script} on the embedded task first", flush=True)
-            if subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), script)]).returncode != 0:
+            alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+            command = [sys.executable, os.path.join(os.path.dirname(__file__), script)]
+            if subprocess.run(command, env=alone).returncode != 0:
                 fail(f"{script} did not finish")
+    barrier()
+
+
+def start_processes(timeout):
+    """-> device, rank and number of processes; alone, or one of `torchrun --nproc-per-node N SCRIPT ...`."""
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(timeout=timedelta(seconds=timeout))  # gloo, and NCCL for tensors on a GPU
+    if rank > 0:  # rank 0 alone speaks and writes
+        sys.stdout = open(os.devnull, "w")
+    return device, rank, dist.get_world_size()
 
 
 def trainable(**models):
@@ -308,13 +330,44 @@ def pair_scores(model, prompt_ids, prompt_mask, pair_ids, pair_mask, share):
     return (model.score(last).float() - getattr(model.config, "score_mean", 0.0)).view(-1, 2)
 
 
+def gather(rows):
+    """Every torchrun process's rows (n, ...), dealt out in turn -> all of them (n * processes, ...), in order."""
+    if not dist.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def barrier():
+    """Waits for the other processes of torchrun, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_processes(sums, parameters):
+    """Adds up sums (name -> number) and gradients, in place, over all processes of torchrun."""
+    if dist.is_initialized():
+        gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64)
+        for tensor in (totals, *gradients):
+            dist.all_reduce(tensor)
+        for name, total in zip(list(sums), totals.tolist()):
+            sums[name] = total
+
+
 @torch.no_grad()
 def in_chunks(function, model, size, *tensors, key=None, **kwargs):
-    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then prompt."""
+    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then prompt.
+
+    The processes of torchrun share the rows; every one gets the whole result.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     order = tensors[1].sum(1).argsort(stable=True)  # prompts of one length together need little padding
     order = order if key is None else order[key[order].argsort(stable=True)]
-    parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in order.split(size)]
-    return torch.cat(parts)[order.argsort()]
+    mine = order.repeat(world)[: -(-len(order) // world) * world][rank::world]  # equally many for every process
+    parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in mine.split(size)]
+    return gather(torch.cat(parts))[order.argsort()]
 
 
 def preference_loss(chosen_scores, rejected_scores):
@@ -328,10 +381,10 @@ def writing(path):
     """A full disk, a folder that cannot be written: one line, and nothing half-written stays."""
     try:
         yield
-    except Exception as error:  # torch and safetensors raise kinds of their own
+    except Exception as error:  # torch and safetensors raise kinds of their own, torch over the one that says why
         if os.path.isfile(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
-        fail(f"cannot write {path}: {(str(error) or repr(error)).splitlines()[0]}")
+        fail(f"cannot write {path}: {str(error.__context__ or error).splitlines()[0]}")
 
 
 def log_metrics(run_dir, writer, metrics):
@@ -371,16 +424,20 @@ def open_run(run_dir, args, parameters, optimizer):
 
     -> updates done, history as it was saved. No generator is restored: every draw is fixed by seed and update.
     """
+    first = not dist.is_initialized() or dist.get_rank() == 0  # it alone writes, then the others read
     state, metrics = {"update": 0, "history": None, "parameters": {}}, os.path.join(run_dir, "metrics.jsonl")
+    if not first:
+        barrier()
     with writing(f"in {run_dir}, where another process may be at work"):
-        if not args.resume:
+        if first and not args.resume:
             os.makedirs(f"{run_dir}.tmp{os.getpid()}")
             with open(os.path.join(f"{run_dir}.tmp{os.getpid()}", "args.json"), "w") as file:
                 json.dump(vars(args), file, indent=2)
             os.rename(f"{run_dir}.tmp{os.getpid()}", run_dir)  # fails where another run has the name by now
-        lock = os.open(os.path.join(run_dir, "args.json"), os.O_RDONLY)  # stays open as long as the process lives
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    for path in reversed(checkpoints(run_dir)):
+        if first:
+            lock = os.open(os.path.join(run_dir, "args.json"), os.O_RDONLY)  # stays open as long as the process lives
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for path in reversed(checkpoints(run_dir)) if args.resume else ():
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() in path:
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -391,17 +448,22 @@ def open_run(run_dir, args, parameters, optimizer):
     with torch.no_grad():
         for name, saved in state["parameters"].items():
             parameters[name].copy_(saved)
-    lines = open(metrics).readlines() if os.path.exists(metrics) else []
-    with open(f"{metrics}.tmp", "w") as file:  # one line an update; those after the checkpoint will come again
-        file.writelines(lines[: state["update"]])
-    os.replace(f"{metrics}.tmp", metrics)
+    if first:
+        for name in os.listdir(run_dir):
+            if name.endswith(".tmp"):  # a process was killed as it wrote this
+                os.remove(os.path.join(run_dir, name))
+        lines = open(metrics).readlines() if os.path.exists(metrics) else []
+        with open(f"{metrics}.tmp", "w") as file:  # one line an update; those after the checkpoint will come again
+            file.writelines(lines[: state["update"]])
+        os.replace(f"{metrics}.tmp", metrics)
+        barrier()
     return state["update"], state["history"]
 
 
-def save_checkpoint(run_dir, args, parameters, optimizer, update, history):
+def save_checkpoint(run_dir, args, parameters, optimizer, rank, update, history):
     """Written under a temporary name, then renamed to one with its checksum; the newest --keep-checkpoints stay."""
     path = os.path.join(run_dir, f"checkpoint_{update:08d}")
-    if any(name.startswith(path) for name in checkpoints(run_dir)):
+    if rank > 0 or any(name.startswith(path) for name in checkpoints(run_dir)):
         return
     state = {"update": update, "history": history, "parameters": parameters, "optimizer": optimizer.state_dict()}
     with writing(path):
@@ -433,6 +495,7 @@ def catch_signals():
 
 def fail_not_finite(update, rows, tensors, parameters):
     """Ends the program; names what holds NaN or infinity, at most five of them, and the rows that were at work."""
+    barrier()  # rank 0 may still be saving
     tensors = tensors | {f"gradient of {name}": p.grad for name, p in parameters.items() if p.grad is not None}
     names = [name for name, value in tensors.items() if not torch.as_tensor(value).isfinite().all()]
     rows = ", ".join(map(str, sorted(rows.tolist())))
@@ -445,11 +508,13 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_numbers(args, ("seed", "lora_rank", "learning_rate", "center_coef"))
+    device, rank, world = start_processes(args.process_timeout)
+    if args.batch_size % world:
+        fail(f"--batch-size {args.batch_size} must be a multiple of the {world} processes")
     run_name = args.resume or args.run_name or f"{os.path.basename(__file__)[:-3]}__{args.seed}__{int(time.time())}"
     run_dir = os.path.join("runs", run_name)
-    if os.path.exists(run_dir) and not args.resume:
+    if os.path.exists(run_dir) and not args.resume and rank == 0:
         fail(f"--run-name {run_name}: {run_dir} already exists, choose another name")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors, read at the first of them
     torch.set_autocast_dtype(device.type, torch.bfloat16)
     torch.set_autocast_cache_enabled(False)  # note: its copies of the weights would outlive an optimizer step
@@ -491,12 +556,12 @@ if __name__ == "__main__":
 
     # log
     done, history = open_run(run_dir, args, parameters, optimizer)
-    save = partial(save_checkpoint, run_dir, args, parameters, optimizer)
+    save = partial(save_checkpoint, run_dir, args, parameters, optimizer, rank)
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         SummaryWriter = None
-    writer = SummaryWriter and SummaryWriter(run_dir, purge_step=done + 1)
+    writer = rank == 0 and SummaryWriter and SummaryWriter(run_dir, purge_step=done + 1)
 
     def tensors_of(rows):
         """Prompt ids, mask (B, P) and ids, mask (B, 2, R) of chosen and rejected, padded to the longest."""
@@ -505,7 +570,7 @@ if __name__ == "__main__":
 
     scores_of = partial(pair_scores, share=not args.gradient_checkpointing)
     signals = catch_signals()
-    progress = tqdm(range(done + 1, num_updates + 1), initial=done, total=num_updates, unit="update")
+    progress = tqdm(range(done + 1, num_updates + 1), initial=done, total=num_updates, unit="update", disable=rank > 0)
     for update in progress:
         start = time.perf_counter()
         for group in optimizer.param_groups:
@@ -514,37 +579,41 @@ if __name__ == "__main__":
         # 1 loss on a batch of pairs
         picked = order[(update - 1) * args.batch_size : update * args.batch_size]
         rows = [train[i] for i in picked]
-        loss = correct = 0.0
+        sums = Counter()
         rows.sort(key=lambda row: len(row["prompt_ids"]))  # micro-batches with little padding
-        for part in zip(*(tensor.split(size) for tensor in tensors_of(rows))):
+        for part in zip(*(tensor[rank::world].split(size) for tensor in tensors_of(rows))):
             chosen_scores, rejected_scores = scores_of(model, *part).unbind(1)
             losses = preference_loss(chosen_scores, rejected_scores)
             # differs from paper: pairs leave each prompt's mean score free, as noise for PPO; this pulls it to 0
             losses = losses + args.center_coef * (chosen_scores + rejected_scores) ** 2
             part_loss = losses.sum() / len(rows)
             part_loss.backward()
-            loss += part_loss.item()
-            correct += (chosen_scores > rejected_scores).float().sum().item()
+            correct = (chosen_scores > rejected_scores).float().sum() / len(rows)
+            sums.update({"loss": part_loss.item(), "accuracy": correct.item()})
 
         # 2 step
+        sum_over_processes(sums, parameters)
         norm = torch.nn.utils.get_total_norm(p.grad for p in parameters.values() if p.grad is not None)
         grad_norm = norm.item()
-        if not math.isfinite(loss + grad_norm):
+        if not math.isfinite(sums["loss"] + grad_norm):
             save(update - 1, None)  # the weights from before this step
-            fail_not_finite(update, picked, {"loss": loss}, parameters)
+            fail_not_finite(update, picked, dict(sums), parameters)
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), args.max_grad_norm, norm)
         optimizer.step()
         optimizer.zero_grad()
 
         # 3 log
-        metrics = {"update": update, "epoch": update * args.batch_size / len(train), "loss": loss}
-        metrics |= {"accuracy": correct / len(rows), "grad_norm": grad_norm, "learning_rate": group["lr"]}
+        metrics = {"update": update, "epoch": update * args.batch_size / len(train), **sums}
+        metrics |= {"grad_norm": grad_norm, "learning_rate": group["lr"]}
         metrics["time/update"] = time.perf_counter() - start
-        progress.set_postfix(loss=loss, accuracy=metrics["accuracy"])
-        log_metrics(run_dir, writer, metrics)
-        if update % args.save_every == 0 or update == num_updates or signals:
+        progress.set_postfix(loss=sums["loss"], accuracy=sums["accuracy"])
+        if rank == 0:
+            log_metrics(run_dir, writer, metrics)
+        sum_over_processes(stop := {"signals": len(signals)}, {})
+        if update % args.save_every == 0 or update == num_updates or stop["signals"]:
             save(update, None)
-        if signals:
+        if stop["signals"]:
+            barrier()
             sys.exit(f"stopped after update {update} of {num_updates}; to go on: --resume {run_name}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # nothing left to finish
@@ -554,7 +623,8 @@ if __name__ == "__main__":
     batch = (*pad(reference_prompts, "left", device), *pad(reference_ids, "right", device))
     reference_scores = in_chunks(sequence_scores, model, size, *batch)
     model.config.score_mean = reference_scores.mean().item()
-    save_folder(args.output_dir, trained, tokenizer)
+    if rank == 0:
+        save_folder(args.output_dir, trained, tokenizer)
 
     # 5 accuracy on held-out pairs, by rubric margin, next to the best that these noisy labels allow
     rows = splits[args.eval_split]
@@ -574,7 +644,7 @@ if __name__ == "__main__":
                 result[name] = {"pairs": int(inside.sum())} | means
     for row in result.values():
         row["stderr"] = (row["accuracy"] * (1 - row["accuracy"]) / row["pairs"]) ** 0.5  # of the accuracy
-    with open(os.path.join(run_dir, "result.json"), "w") as file:
+    with open(os.path.join(run_dir, "result.json") if rank == 0 else os.devnull, "w") as file:
         json.dump(result, file, indent=2)
     print(f"\n{args.eval_split} pairs".ljust(26) + "".join(f"{name:>10}" for name in result["all"]))
     for name, row in result.items():

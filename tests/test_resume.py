@@ -1,8 +1,10 @@
 """Stopped, killed, broken and full: a run goes on from its last whole checkpoint as if nothing had happened."""
 
+import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -32,10 +34,11 @@ def chain(models):
     flags["sft.py"] += ("--batch-size", 32)
     undisturbed = {}
 
-    def whole(script):
-        if script not in undisturbed:
-            undisturbed[script] = run(script, f"whole_{script[:-3]}")
-        return undisturbed[script]
+    def whole(script, *more):
+        key = (script, *more)
+        if key not in undisturbed:
+            undisturbed[key] = run(script, f"whole_{script[:-3]}{len(more) or ''}", *more)
+        return undisturbed[key]
 
     def named(script, name, *more):
         return (*flags[script], "--save-every", 2, "--run-name", name, "--output-dir", f"out_{name}", *more)
@@ -64,7 +67,7 @@ def start(script, flags, cwd):
 def wait_for_updates(process, run_dir, count):
     """Until metrics.jsonl has `count` whole lines."""
     path = run_dir / "metrics.jsonl"
-    while not (path.exists() and path.read_text().count("\n") >= count):
+    while not (path.parent.exists() and (count == 0 or path.exists() and path.read_text().count("\n") >= count)):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
 
@@ -91,35 +94,50 @@ def test_stopped_and_resumed_equals_undisturbed(chain, script):
     assert left == [f"checkpoint_{update:08d}" for update in (last - last % 2 - 2 * (last % 2 == 0), last)]
 
 
-def kill_until_done(chain, script, kills, seed):
-    """SIGKILL at random moments, resumed each time; at last the run may finish. -> updates at each kill."""
-    rng, name = random.Random(seed), f"killed_{script[:-3]}_{seed}"
-    run_dir, moments = chain.folder / "runs" / name, []
-    for number in range(kills + 1):
-        flags = ("--resume", name) if run_dir.exists() else chain.named(script, name, "--save-every", 1)
-        process = start(script, flags, chain.folder)
-        if number < kills:
-            saving = lambda: run_dir.exists() and any(path.suffix == ".tmp" for path in run_dir.iterdir())  # noqa: E731
-            until = time.monotonic() + rng.uniform(0, 12)
-            while process.poll() is None and time.monotonic() < until and not (number % 3 == 2 and saving()):
-                time.sleep(0.001)
-            process.kill()
-            saved = [path.name for path in run_dir.glob("checkpoint_*")] if run_dir.exists() else []
-            moments.append((any(saved_name.endswith(".tmp") for saved_name in saved), len(saved)))
-        _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    print(f"{script}: half-written checkpoints at {sum(half for half, _ in moments)} of {kills} kills")
-    assert_same(chain.result(name), chain.whole(script))
+def half_written(run_dir):
+    """Checkpoints under their temporary names, with the moment of the last write."""
+    found = set()
+    for path in run_dir.glob("checkpoint_*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ctime_ns))
+    return found
+
+
+def kill_until_done(chain, script, kills, *more):
+    """SIGKILL at random moments, every second one while a checkpoint is written; resumed each time, at last to the end."""
+    rng, name = random.Random(kills), f"killed_{script[:-3]}_{kills}"
+    run_dir, halves, done = chain.folder / "runs" / name, 0, []
+    for _ in range(kills):
+        flags = ("--resume", name) if run_dir.exists() else chain.named(script, name, "--save-every", 1, *more)
+        process, before = start(script, flags, chain.folder), half_written(run_dir)
+        if len(done) % 2:
+            while process.poll() is None and not half_written(run_dir) - before:
+                pass
+        else:
+            wait_for_updates(process, run_dir, rng.randint(0, 1) + max([0, *done]))
+            time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        halves += len(half_written(run_dir) - before)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL  # it was not done yet
+        done.append(len(list(chain.result(name).metrics)))
+    run_script(script, "--resume", name, cwd=chain.folder)
+    print(f"{script}: updates at the kills {done}, half-written checkpoints at {halves}")
+    assert halves and len(set(done)) > 1
+    assert_same(chain.result(name), chain.whole(script, *more))
 
 
 def test_three_kills_of_drpo_change_nothing(chain):
-    kill_until_done(chain, "drpo.py", 3, seed=1)
+    kill_until_done(chain, "drpo.py", 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_many_kills_change_nothing(chain, script):
-    kill_until_done(chain, script, 20 if script == "drpo.py" else 5, seed=2)
+    if script == "drpo.py":
+        kill_until_done(chain, script, 20, "--total-episodes", 40 * 16)
+    else:
+        kill_until_done(chain, script, 5)
 
 
 def test_what_a_stopped_run_accepts(chain):
@@ -220,10 +238,13 @@ def test_nan_in_one_reward_is_named(chain):
     model.save_pretrained(folder / "poisoned_reward")
     tokenizer.save_pretrained(folder / "poisoned_reward")
     flags = chain.named("drpo.py", "poisoned", "--dataset", data, "--reward-path", folder / "poisoned_reward")
-    done = run_script("drpo.py", *flags, "--total-episodes", 256, "--num-ppo-epochs", 1, cwd=folder, check=False)
+    done = run_script("drpo.py", *flags, "--total-episodes", 256, "--temperature", 0.1, cwd=folder, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     update = len(read_metrics(folder / "runs/poisoned")) + 1
-    assert f"error: update {update}: not finite: scores, values; rows {target} of --train-split\n" in done.stderr
+    # where the response did not end, its score is --missing-eos-score instead
+    assert re.search(
+        rf"error: update {update}: not finite: (scores, )?values; rows {target} of --train-split\n", done.stderr
+    )
     assert list((folder / "runs/poisoned").glob(f"checkpoint_{update - 1:08d}_*.pt"))
     assert not (folder / "out_poisoned").exists()
 
@@ -232,9 +253,8 @@ def test_a_gradient_that_is_not_finite_is_named(chain):
     flags = chain.named("sft.py", "explodes", "--learning-rate", 1e30)
     done = run_script("sft.py", *flags, cwd=chain.folder, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: update "))
-    assert "not finite: loss, gradient of policy.gpt_neox" in line
-    assert len(line.split("rows ")[1].split(", ")) == 32
+    pattern = r"error: update \d+: not finite: loss, gradient of policy.gpt_neox.*; rows (.*) of --train-split\n"
+    assert len(re.search(pattern, done.stderr)[1].split(", ")) == 32
 
 
 def test_a_full_disk_costs_one_line_and_no_checkpoint(chain, tmp_path):

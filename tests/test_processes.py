@@ -1,0 +1,159 @@
+"""torchrun with two processes and more: the same rollouts, the same numbers to rounding, no hang when one of them goes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, random_model, read_metrics, run_script
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+import drpo
+
+PAIRS = ("--num-epochs", 1, "--batch-size", 32, "--micro-batch-size", 8)
+STEPS = ("--total-episodes", 48, "--batch-size", 16, "--minibatch-size", 8, "--micro-batch-size", 4)
+STEPS += ("--eval-every", 2, "--eval-rows", 7, "--num-ppo-epochs", 2)
+
+
+def torchrun(processes, *command):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*launcher, *(str(part) for part in command)]
+
+
+def flags_of(script, models):
+    if script in ("ppo.py", "drpo.py"):
+        return (*models.flags, *STEPS)
+    if script == "sft.py":
+        return ("--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia", *PAIRS)
+    more = ("--reference-dataset", models.reference) if script == "reward_model.py" else ("--eval-every", 3)
+    return ("--dataset", models.preference, "--sft-path", models.sft, *PAIRS, *more)
+
+
+def run(processes, script, name, models, *flags):
+    """-> metrics, output; alone without torchrun."""
+    command = (*flags_of(script, models), "--run-name", name, "--output-dir", f"out_{name}", *flags)
+    if processes == 1:
+        done = run_script(script, *command, cwd=models.folder)
+    else:
+        launched = torchrun(processes, ROOT / script, *command)
+        done = subprocess.run(launched, cwd=models.folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return read_metrics(models.folder / "runs" / name), done.stdout
+
+
+SLOW = [("reward_model.py", 2), ("dpo.py", 2), ("ppo.py", 2), ("drpo.py", 4)]
+COUNTS = [("sft.py", 2), ("drpo.py", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+
+
+@pytest.mark.parametrize("script, processes", COUNTS)
+def test_the_number_of_processes_changes_rounding_alone(script, processes, models):
+    name = f"{script[:-3]}_of_{processes}"
+    found, printed = run(processes, script, name, models)
+    expected, alone = run(1, script, f"{name}_alone", models)
+    assert len(found) == len(expected) > 2
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            if key == "accuracy" and ours["update"] == 1 and script == "dpo.py":
+                continue  # both policies are the reference: margins are 0 up to rounding, and so is their sign
+            assert ours[key] == pytest.approx(value, rel=2e-3, abs=2e-4), (ours["update"], key)
+    for key in ("response/length", "reset/length", "reset/fraction"):  # the same rollouts
+        assert [line.get(key) for line in found] == [line.get(key) for line in expected]
+    table = [[line for line in text.splitlines() if "prompts of" in line] for text in (printed, alone)]
+    assert table[0] == table[1]  # printed once
+
+
+WORKER = """
+import sys
+import torch
+sys.path[:0] = sys.argv[1:3]
+import conftest, drpo
+drpo.start_processes(60)
+policy = conftest.random_model(conftest.AutoModelForCausalLM, 0)
+tensors = torch.load(sys.argv[3])
+ids = drpo.in_chunks(drpo.generate, policy, 3, *tensors, key=tensors[-1], eos=0, temperature=0.9)
+chunks = [ids, drpo.in_chunks(drpo.generate, policy, 3, *(tensor[:1] for tensor in tensors), eos=0, temperature=0.9)]
+torch.save(chunks, f"{sys.argv[4]}.{drpo.dist.get_rank()}")
+"""
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_rollouts_token_for_token(processes, tmp_path):
+    rng = torch.Generator().manual_seed(4)
+    lengths = torch.randint(1, 20, (13,), generator=rng).tolist()
+    prompts = [torch.randint(2, 1024, (n,), generator=rng).tolist() for n in lengths]
+    budget = torch.randint(1, 12, (13,), generator=rng)
+    tensors = (*drpo.pad(prompts, "left", "cpu"), torch.rand(13, 12, generator=rng), budget)
+    torch.save(tensors, tmp_path / "in.pt")
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = torchrun(processes, tmp_path / "worker.py", ROOT, ROOT / "tests", tmp_path / "in.pt", tmp_path / "out")
+    subprocess.run(command, check=True, capture_output=True)
+    policy = random_model(AutoModelForCausalLM, 0)
+    expected = drpo.in_chunks(drpo.generate, policy, 13, *tensors, eos=0, temperature=0.9)
+    assert (expected != 0).sum(1).tolist() != budget.tolist() or expected.any()
+    for rank in range(processes):
+        ids, first = torch.load(tmp_path / f"out.{rank}")
+        assert_close(ids, expected)
+        assert_close(first, expected[:1])
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def start(processes, name, models, *flags):
+    """Two processes of drpo.py under way; -> torchrun, worker pids by rank."""
+    command = (*flags_of("drpo.py", models), "--total-episodes", 1600, "--run-name", name, "--save-every", 1, *flags)
+    launched = torchrun(processes, ROOT / "drpo.py", *command)
+    job = subprocess.Popen(launched, cwd=models.folder, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    path = models.folder / "runs" / name / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") > 1):
+        assert job.poll() is None, job.stderr.read()
+        time.sleep(0.05)
+    ranks = {}
+    for pid in children(job.pid):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        ranks |= {int(entry[5:]): pid for entry in environment if entry.startswith("RANK=")}
+    assert sorted(ranks) == list(range(processes))
+    return job, ranks
+
+
+def test_a_dead_process_ends_the_job(models):
+    job, ranks = start(2, "death", models)
+    os.kill(ranks[1], signal.SIGKILL)
+    _, errors = job.communicate(timeout=100)
+    assert job.returncode != 0 and "Signal 9 (SIGKILL)" in errors
+
+
+@pytest.mark.slow
+def test_a_stalled_process_ends_the_job(models):
+    job, ranks = start(2, "stall", models, "--process-timeout", 5)
+    os.kill(ranks[1], signal.SIGSTOP)
+    _, errors = job.communicate(timeout=200)
+    assert job.returncode != 0 and "Timed out" in errors
+
+
+def test_a_stopped_job_goes_on_with_any_number_of_processes(models):
+    job, _ = start(2, "stopped_job", models)
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate(timeout=100)
+    assert job.returncode != 0 and "to go on: --resume stopped_job" in errors
+    done = len(read_metrics(models.folder / "runs/stopped_job"))
+    assert list((models.folder / "runs/stopped_job").glob(f"checkpoint_{done:08d}_*.pt"))
+    wanted = done + 2
+    resume = ("--resume", "stopped_job", "--total-episodes", 1600, "--save-every", 1000)
+    job = subprocess.Popen(
+        [sys.executable, str(ROOT / "drpo.py"), *map(str, resume)], cwd=models.folder, stderr=subprocess.DEVNULL
+    )
+    while len(read_metrics(models.folder / "runs/stopped_job")) < wanted:
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.kill()
+    job.wait()
+    updates = [line["update"] for line in read_metrics(models.folder / "runs/stopped_job")]
+    assert updates == list(range(1, len(updates) + 1))
