@@ -562,16 +562,6 @@ if __name__ == "__main__":
 
     logprobs_of = partial(pair_logprobs, share=not args.gradient_checkpointing)
 
-    # 1 reference log-probs of every pair, once: the policy before its first step is the reference
-    # differs from official code (dpo.py): no second model in memory, no second forward pass per batch
-    ref_logprobs, start = {}, time.perf_counter()  # split -> (rows, 2)
-    for split, rows in splits.items():
-        starts = tqdm(range(0, len(rows), size), desc=f"reference log-probs, {split}", disable=rank > 0)
-        parts = [in_chunks(logprobs_of, policy, size, *tensors_of(rows[start : start + size])) for start in starts]
-        ref_logprobs[split] = torch.cat(parts)
-    reference_seconds = time.perf_counter() - start
-    terms = pair_terms(ref_logprobs[args.validation_split], ref_logprobs[args.validation_split], args.beta)
-
     # log
     done, history = open_run(run_dir, args, parameters, optimizer)
     save = partial(save_checkpoint, run_dir, args, parameters, optimizer, rank)
@@ -580,7 +570,20 @@ if __name__ == "__main__":
     except ImportError:
         SummaryWriter = None
     writer = rank == 0 and SummaryWriter and SummaryWriter(run_dir, purge_step=done + 1)
-    results = history or {"before": {name: term.mean().item() for name, term in terms.items()}}
+
+    # 1 reference log-probs of every pair, once: the policy before its first step is the reference
+    # differs from official code (dpo.py): no second model in memory, no second forward pass per batch
+    (ref_logprobs, results), start = history or ({}, {}), time.perf_counter()  # split -> (rows, 2)
+    for split, rows in splits.items() if done == 0 else ():
+        starts = tqdm(range(0, len(rows), size), desc=f"reference log-probs, {split}", disable=rank > 0)
+        parts = [in_chunks(logprobs_of, policy, size, *tensors_of(rows[start : start + size])) for start in starts]
+        ref_logprobs[split] = torch.cat(parts)
+    ref_logprobs = {split: logprobs.to(device) for split, logprobs in ref_logprobs.items()}
+    reference_seconds = time.perf_counter() - start
+    if done == 0:
+        terms = pair_terms(ref_logprobs[args.validation_split], ref_logprobs[args.validation_split], args.beta)
+        results["before"] = {name: term.mean().item() for name, term in terms.items()}
+
     signals = catch_signals()
     progress = tqdm(range(done + 1, num_updates + 1), initial=done, total=num_updates, unit="update", disable=rank > 0)
     for update in progress:
@@ -604,7 +607,7 @@ if __name__ == "__main__":
         norm = torch.nn.utils.get_total_norm(p.grad for p in parameters.values() if p.grad is not None)
         grad_norm = norm.item()
         if not math.isfinite(means["loss"] + grad_norm):
-            save(update - 1, results)  # the weights from before this step
+            save(update - 1, (ref_logprobs, results))  # the weights from before this step
             fail_not_finite(update, picked, dict(means), parameters)
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), args.max_grad_norm, norm)
         optimizer.step()
@@ -624,7 +627,7 @@ if __name__ == "__main__":
             log_metrics(run_dir, writer, metrics)
         sum_over_processes(stop := {"signals": len(signals)}, {})
         if update % args.save_every == 0 or update == num_updates or stop["signals"]:
-            save(update, results)
+            save(update, (ref_logprobs, results))
         if stop["signals"]:
             barrier()
             sys.exit(f"stopped after update {update} of {num_updates}; to go on: --resume {run_name}")

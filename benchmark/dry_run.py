@@ -36,8 +36,8 @@ TRAINED_BY |= {"ppo.py": "models/ppo", "drpo.py": "models/drpo"}
 REAL = SimpleNamespace(run=subprocess.run, makedirs=os.makedirs, isdir=os.path.isdir, listdir=os.listdir)
 
 
-class Stop(Exception):
-    """Raised at the script's first write; `variables` are those of the script at that moment."""
+class Stop(BaseException):
+    """Raised at the script's first write, past its `except Exception`; `variables` are those of the script at that moment."""
 
     def __init__(self, variables):
         self.variables = dict(variables)
@@ -194,13 +194,13 @@ def estimate(models, optimizer, args, pairs):
     parts = {"weights": weight_bytes(models.values()), "gradients": trained_bytes, "AdamW": 2 * trained_bytes}
     passes = 2 if pairs else 1  # chosen and rejected
     tokens = passes * size * (prompt + response)
-    activations = sum(activation_bytes(model, tokens, args) for model in learning)
+    activations = [activation_bytes(model, tokens, args) for model in learning]  # of PPO's policy, then of its critic
     positions = passes * size * (prompt + response if getattr(args, "train_on_prompt", False) else response)
     causal = next((model for model in models.values() if model.get_output_embeddings() is not None), None)
     if causal is not None and learning:
-        activations += positions * causal.config.vocab_size * (2 if args.dtype == "bfloat16" else 4)
+        activations[0] += positions * causal.config.vocab_size * (2 if args.dtype == "bfloat16" else 4)
     if learning:
-        parts["one micro-batch: activations and logits"] = activations
+        parts["one micro-batch: activations and logits"] = max(activations)
         parts["or the optimizer's step"] = trained_bytes
     if causal is not None and not pairs:
         logits = 3 * 4 * size * causal.config.vocab_size  # of one token per row: logits, probabilities, their sums
