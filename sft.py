@@ -116,8 +116,9 @@ def read_args():
                 saved = json.load(file) | {"resume": args.resume}
         except (OSError, ValueError) as error:
             fail(f"--resume {args.resume}: there is no such run: {error}")
-        if saved.keys() != vars(args).keys():
-            fail(f"--resume {args.resume} is a run of another script or version: its flags are {', '.join(saved)}")
+        script = saved.pop("script", "another script")
+        if script != os.path.basename(__file__) or saved.keys() != vars(args).keys():
+            fail(f"--resume {args.resume} is a run of {script}, with the flags {', '.join(saved)}")
         args = tyro.cli(Args, default=Args(**saved))
         free = {"save_every", "keep_checkpoints", "output_dir", "micro_batch_size", "gradient_checkpointing"}
         for name in sorted(saved.keys() - free):
@@ -426,7 +427,7 @@ def open_run(run_dir, args, parameters, optimizer):
         if first and not args.resume:
             os.makedirs(f"{run_dir}.tmp{os.getpid()}")
             with open(os.path.join(f"{run_dir}.tmp{os.getpid()}", "args.json"), "w") as file:
-                json.dump(vars(args), file, indent=2)
+                json.dump({"script": os.path.basename(__file__)} | vars(args), file, indent=2)
             os.rename(f"{run_dir}.tmp{os.getpid()}", run_dir)  # fails where another run has the name by now
         if first:
             lock = os.open(os.path.join(run_dir, "args.json"), os.O_RDONLY)  # stays open as long as the process lives

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, random_model, read_metrics, run_script
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +27,7 @@ def torchrun(processes, *command):
 
 
 def flags_of(script, models):
-    if script in ("ppo.py", "drpo.py"):
+    if script in ("ppo.py", "drpo.py", "drpo_fsdp.py"):
         return (*models.flags, *STEPS)
     if script == "sft.py":
         return ("--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia", *PAIRS)
@@ -35,7 +36,7 @@ def flags_of(script, models):
 
 
 def run(processes, script, name, models, *flags):
-    """-> metrics, output; alone without torchrun."""
+    """-> metrics, output; one process without torchrun."""
     command = (*flags_of(script, models), "--run-name", name, "--output-dir", f"out_{name}", *flags)
     if processes == 1:
         done = run_script(script, *command, cwd=models.folder)
@@ -47,14 +48,19 @@ def run(processes, script, name, models, *flags):
 
 
 SLOW = [("reward_model.py", 2), ("dpo.py", 2), ("ppo.py", 2), ("drpo.py", 4)]
-COUNTS = [("sft.py", 2), ("drpo.py", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+COUNTS = [
+    ("sft.py", 2),
+    ("drpo.py", 2),
+    ("drpo_fsdp.py", 2),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+]
 
 
 @pytest.mark.parametrize("script, processes", COUNTS)
 def test_the_number_of_processes_changes_rounding_alone(script, processes, models):
     name = f"{script[:-3]}_of_{processes}"
     found, printed = run(processes, script, name, models)
-    expected, alone = run(1, script, f"{name}_alone", models)
+    expected, alone = run(1, script.replace("_fsdp", ""), f"{name}_alone", models)
     assert len(found) == len(expected) > 2
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.keys() == theirs.keys()
@@ -66,6 +72,10 @@ def test_the_number_of_processes_changes_rounding_alone(script, processes, model
         assert [line.get(key) for line in found] == [line.get(key) for line in expected]
     table = [[line for line in text.splitlines() if "prompts of" in line] for text in (printed, alone)]
     assert table[0] == table[1]  # printed once
+    weights, others = (load_file(models.folder / f"out_{run}/model.safetensors") for run in (name, f"{name}_alone"))
+    assert weights.keys() == others.keys()
+    for key, tensor in weights.items():
+        assert_close(tensor, others[key], rtol=1e-2, atol=1e-4)
 
 
 WORKER = """
@@ -106,10 +116,10 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def start(processes, name, models, *flags):
-    """Two processes of drpo.py under way; -> torchrun, worker pids by rank."""
-    command = (*flags_of("drpo.py", models), "--total-episodes", 1600, "--run-name", name, "--save-every", 1, *flags)
-    launched = torchrun(processes, ROOT / "drpo.py", *command)
+def start(processes, name, models, *flags, script="drpo.py"):
+    """Processes under way; -> torchrun, worker pids by rank."""
+    command = (*flags_of(script, models), "--total-episodes", 1600, "--save-every", 1, *flags)
+    launched = torchrun(processes, ROOT / script, *command, "--run-name", name, "--output-dir", f"out_{name}")
     job = subprocess.Popen(launched, cwd=models.folder, stderr=subprocess.PIPE, text=True, start_new_session=True)
     path = models.folder / "runs" / name / "metrics.jsonl"
     while not (path.exists() and path.read_text().count("\n") > 1):
@@ -157,3 +167,36 @@ def test_a_stopped_job_goes_on_with_any_number_of_processes(models):
     job.wait()
     updates = [line["update"] for line in read_metrics(models.folder / "runs/stopped_job")]
     assert updates == list(range(1, len(updates) + 1))
+
+
+def test_sharding_needs_torchrun(models):
+    done = run_script("drpo_fsdp.py", *flags_of("drpo_fsdp.py", models), cwd=models.folder, check=False)
+    assert done.returncode == 2 and "torchrun" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_from_its_last_whole_checkpoint(models):
+    """Stopped, its newest checkpoint damaged: resumed it equals an undisturbed one, every process with half of it."""
+    more = ("--total-episodes", 96, "--save-every", 1)
+    expected, _ = run(2, "drpo_fsdp.py", "sharded_whole", models, *more)
+    job, _ = start(2, "sharded", models, *more, script="drpo_fsdp.py")
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate(timeout=100)
+    run_dir = models.folder / "runs/sharded"
+    assert "to go on: --resume sharded" in errors and len(read_metrics(run_dir)) < 6
+    older, newest = sorted(run_dir.glob("checkpoint_*"))
+    parts = sorted(newest.glob("*.distcp"))
+    sizes = [part.stat().st_size for part in parts]
+    assert len(sizes) == 2 and max(sizes) < 1.1 * min(sizes)
+    parts[1].write_bytes(parts[1].read_bytes()[:-50] + bytes(50))
+    launched = torchrun(2, ROOT / "drpo_fsdp.py", "--resume", "sharded")
+    done = subprocess.run(launched, cwd=models.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{newest.name} is damaged" in done.stdout
+    assert read_metrics(run_dir) == expected
+    weights = [
+        (models.folder / f"{out}/model.safetensors").read_bytes() for out in ("out_sharded", "out_sharded_whole")
+    ]
+    assert weights[0] == weights[1]
+    done = run_script("drpo.py", "--resume", "sharded", cwd=models.folder, check=False)
+    assert done.returncode == 2 and "is a run of drpo_fsdp.py" in done.stderr

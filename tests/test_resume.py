@@ -153,7 +153,7 @@ def test_what_a_stopped_run_accepts(chain):
         done = run_script("ppo.py", "--resume", name, *more, cwd=chain.folder, check=False)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     done = run_script("drpo.py", "--resume", name, cwd=chain.folder, check=False)
-    assert done.returncode == 2 and "another script" in done.stderr
+    assert done.returncode == 2 and "is a run of ppo.py" in done.stderr
     done = run_script("ppo.py", "--resume", "nowhere", cwd=chain.folder, check=False)
     assert done.returncode == 2 and "no such run" in done.stderr
     assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}

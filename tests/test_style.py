@@ -106,6 +106,13 @@ def test_drpo_is_ppo_plus_the_idea():
     assert 0 < changed <= 80
 
 
+def test_drpo_fsdp_is_drpo_plus_sharding():
+    diff = subprocess.run(["diff", "drpo.py", "drpo_fsdp.py"], cwd=ROOT, capture_output=True, text=True).stdout
+    changed = sum(line.startswith(("<", ">")) for line in diff.splitlines())
+    print(f"{changed} changed lines from drpo.py to drpo_fsdp.py")
+    assert 0 < changed <= 200
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_stand_alone(path):
     imported = set()
@@ -131,7 +138,7 @@ def test_import_does_nothing(path, tmp_path):
 def test_shared_sections_are_the_same_text():
     # the run folder and the writer, and what every script does before it reads data; judge.py trains nothing
     for first, last, scripts in (
-        ("    # log\n", "purge_step=done + 1)\n", TRAINING),
+        ("    # log\n", "purge_step=done + 1)\n", [path for path in TRAINING if path.name != "drpo_fsdp.py"]),
         ("    run_name = ", 'args.dtype == "bfloat16")\n', TRAINING),
         ("    os.environ.setdefault(", 'args.dtype == "bfloat16")\n', SCRIPTS),
     ):
