@@ -105,7 +105,7 @@ def test_rollouts_token_for_token(processes, tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     policy = random_model(AutoModelForCausalLM, 0)
     expected = drpo.in_chunks(drpo.generate, policy, 13, *tensors, eos=0, temperature=0.9)
-    assert (expected != 0).sum(1).tolist() != budget.tolist() or expected.any()
+    assert len(set(map(tuple, expected.tolist()))) > 10  # rows differ, so an order mixed up would show
     for rank in range(processes):
         ids, first = torch.load(tmp_path / f"out.{rank}")
         assert_close(ids, expected)
