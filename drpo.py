@@ -503,6 +503,21 @@ def value_loss(new_values, values, returns, clip_coef):
 
 
 # measurement and files
+def matmul_rate(device, dtype, size=8192):
+    """FLOP/s of one large matrix product here: `time/mfu` is a share of it."""
+    x, seconds = torch.randn(size, size, device=device, dtype=getattr(torch, dtype)), []
+    for _ in range(10):
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for the GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def training_flops(weights):
+    """FLOPs per token, forward and backward, of matrices; attention scores and recomputation do not count, as usual."""
+    return sum(p.numel() * (6 if p.requires_grad else 4) for p in weights if p.ndim == 2)
+
+
 def evaluate(policy, ref_policy, reward_model, tokenizer, rows, args, device):
     """Samples one response per row from its prompt, at the training temperature and from one fixed table of uniforms.
 
@@ -740,6 +755,9 @@ if __name__ == "__main__":
     frozen = (ref_policy, reward_model, tokenizer)
     if not done:
         history = [{"episodes": 0} | evaluate(policy, *frozen, validation[: args.eval_rows], args, device)[1]]
+    peak = matmul_rate(device, args.dtype) if device.type == "cuda" else None
+    head, parts = list(policy.get_output_embeddings().parameters()), [*policy.base_model.modules(), *critic.modules()]
+    body = [p for part in parts if not isinstance(part, torch.nn.Embedding) for p in part.parameters(recurse=False)]
     signals = catch_signals()
     progress = tqdm(range(done + 1, num_updates + 1), initial=done, total=num_updates, unit="update", disable=rank > 0)
     for update in progress:
@@ -839,6 +857,10 @@ if __name__ == "__main__":
         metrics |= {name: float(np.mean([sums[name] for sums in stats])) for name in stats[0]}
         metrics |= {f"time/{name}": s for name, s in zip(("rollout", "score", "optimise"), np.diff(clock).tolist())}
         metrics["time/tokens_per_second"] = action_mask.sum().item() / metrics["time/rollout"]  # sampled ones
+        if peak:
+            tokens = prompts[1].sum() + response_mask.sum()
+            flops = training_flops(body) * tokens + training_flops(head) * action_mask.sum()
+            metrics["time/mfu"] = flops.item() * args.num_ppo_epochs / (metrics["time/optimise"] * peak * world)
         if update % args.eval_every == 0 or update == num_updates:
             point = evaluate(policy, *frozen, validation[: args.eval_rows], args, device)[1]
             history.append({"episodes": update * args.batch_size} | point)

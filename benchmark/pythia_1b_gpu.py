@@ -95,10 +95,12 @@ if __name__ == "__main__":
     print(
         f"\n{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU: no peaks of memory'}, torch {torch.__version__}"
     )
-    print("| update | " + " | ".join(f"{stage}, s | {stage}, GiB" for stage in STAGES) + " |\n|" + "---|" * 7)
+    titles = [f"{stage}, s | {stage}, GiB" for stage in STAGES] + ["tokens/s", "MFU"]
+    print("| update | " + " | ".join(titles) + " |\n|" + "---|" * 9)
     for number, line in enumerate(metrics):
         first = number * (len(STAGES) + 1) + 1  # the reading before the first stage ends nothing
         cells = [f"{line[f'time/{stage}']:.2f} | {peaks[first + i]:.2f}" for i, stage in enumerate(STAGES)]
+        cells += [f"{line['time/tokens_per_second']:.0f}", f"{line.get('time/mfu', math.nan):.2f}"]
         print(f"| {number + 1} | " + " | ".join(cells) + " |")
     ratio_error = max(line["policy/first_ratio_error"] for line in metrics)
     held = [

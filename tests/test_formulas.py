@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import ppo
@@ -302,3 +303,25 @@ def test_a_token_without_probability_is_never_sampled(policy):
 )
 def test_mask_to_eos(ids, expected):
     assert ppo.mask_to_eos(torch.tensor([ids]), 9).int().tolist() == [expected]
+
+
+# measurement
+@pytest.mark.parametrize("frozen", [False, True])
+def test_training_flops_are_those_of_the_matrix_products(policy, batch, frozen):
+    _, _, tensors = batch
+    embeddings = {part.weight for part in policy.modules() if isinstance(part, torch.nn.Embedding)}
+    body = [p for p in policy.base_model.parameters() if p not in embeddings]
+    for p in body if frozen else ():
+        p.requires_grad_(False)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        ppo.response_states(policy, *tensors).sum().backward()
+    names = (torch.ops.aten.mm, torch.ops.aten.addmm)  # attention is bmm or a kernel of its own
+    found = sum(counter.get_flop_counts()["Global"].get(name, 0) for name in names)
+    prompt_ids, _, response_ids, _ = tensors
+    assert found == ppo.training_flops(body) * (prompt_ids.numel() + response_ids.numel())
+
+
+def test_matmul_rate_is_of_this_machine():
+    rate = ppo.matmul_rate(torch.device("cpu"), "float32", size=512)
+    assert 1e8 < rate < 1e14

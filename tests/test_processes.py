@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, random_model, read_metrics, run_script
+from conftest import ROOT, random_model, read_metrics, read_rows, run_script
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -110,6 +110,41 @@ def test_rollouts_token_for_token(processes, tmp_path):
         ids, first = torch.load(tmp_path / f"out.{rank}")
         assert_close(ids, expected)
         assert_close(first, expected[:1])
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_completions_do_not_depend_on_the_number_of_processes(processes, models):
+    """judge.py: as many rows as leave the last batch incomplete, and one table, from the same completions."""
+    files, tables = [], []
+    for count in (1, processes):
+        name = f"judge_{processes}_{count}"
+        command = [
+            *models.flags,
+            "--policies",
+            models.sft,
+            "--split",
+            "train",
+            "--num-prompts",
+            45,
+            "--judge",
+            "rubric",
+        ]
+        command += ["--micro-batch-size", 8, "--cache-dir", name, "--run-name", name]
+        if count == 1:
+            done = run_script("judge.py", *command, cwd=models.folder)
+        else:
+            launched = torchrun(count, ROOT / "judge.py", *command)
+            done = subprocess.run(launched, cwd=models.folder, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+        (file,) = (models.folder / name).glob("*.jsonl")
+        files.append(read_rows(file))
+        tables.append(done.stdout[done.stdout.index("win rate") :].replace(name, ""))
+    alone, shared = files
+    assert len(alone) == len(shared) == 45 and len({line["completion"] for line in alone}) > 10
+    for ours, theirs in zip(shared, alone):
+        assert ours.pop("kl") == pytest.approx(theirs.pop("kl"), rel=1e-4, abs=1e-4)
+        assert ours == theirs
+    assert tables[0] == tables[1]
 
 
 def children(pid):

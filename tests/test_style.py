@@ -94,8 +94,8 @@ def test_every_field_is_explained_and_read(path):
 def test_scripts_stay_short():
     lengths = {path.name: len(path.read_text().splitlines()) for path in SCRIPTS}
     print(f"lines {lengths}")
-    assert lengths["ppo.py"] <= 850
-    assert lengths["drpo.py"] <= 890
+    assert lengths["ppo.py"] <= 860
+    assert lengths["drpo.py"] <= 905
     assert lengths["dpo.py"] <= 650
 
 
