@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,7 +123,7 @@ def read_args():
         if script != os.path.basename(__file__) or saved.keys() != vars(args).keys():
             fail(f"--resume {args.resume} is a run of {script}, with the flags {', '.join(saved)}")
         args = tyro.cli(Args, default=Args(**saved))
-        free = {"save_every", "keep_checkpoints", "output_dir", "micro_batch_size", "gradient_checkpointing"}
+        free = "save_every keep_checkpoints output_dir process_timeout micro_batch_size gradient_checkpointing".split()
         for name in sorted(saved.keys() - free):
             old, new, may_grow = saved[name], getattr(args, name), name in ("total_episodes", "num_epochs")
             if new != old and not (may_grow and new > old):
@@ -392,7 +393,8 @@ def writing(path):
     except Exception as error:  # torch and safetensors raise kinds of their own, torch over the one that says why
         if os.path.isfile(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
-        fail(f"cannot write {path}: {str(error.__context__ or error).splitlines()[0]}")
+        reason = error.__context__ or error
+        fail(f"cannot write {path}: {(str(reason) or repr(reason)).splitlines()[0]}")
 
 
 def log_metrics(run_dir, writer, metrics):
@@ -400,8 +402,8 @@ def log_metrics(run_dir, writer, metrics):
     path = os.path.join(run_dir, "metrics.jsonl")
     with writing(path), open(path, "a") as file:
         file.write(json.dumps(metrics) + "\n")
-    for name, value in metrics.items() if writer else ():
-        writer.add_scalar(name, value, metrics["update"])
+        for name, value in metrics.items() if writer else ():
+            writer.add_scalar(name, value, metrics["update"])
 
 
 def save_folder(path, *parts):
@@ -427,24 +429,42 @@ def checkpoints(run_dir):
     return [os.path.join(run_dir, name) for name in names]
 
 
+def claim_run(run_dir, args):
+    """Takes the folder of a new run, or of --resume, for this process alone; what a killed one left half-written goes."""
+    folder = run_dir if args.resume else f"{run_dir}.tmp{os.getpid()}"
+    with writing(f"in {run_dir}, where another process may be at work"):
+        os.makedirs(folder, exist_ok=True)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as the process lives
+        for path in [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".tmp")]:
+            (shutil.rmtree if os.path.isdir(path) else os.remove)(path)
+        with open(os.path.join(folder, "args.json.tmp"), "w") as file:
+            json.dump({"script": os.path.basename(__file__)} | vars(args), file, indent=2)
+        os.replace(os.path.join(folder, "args.json.tmp"), os.path.join(folder, "args.json"))
+        if not args.resume:
+            os.rename(folder, run_dir)  # fails where another run has the name by now
+
+
+def cut_metrics(run_dir, update):
+    """Leaves the lines of metrics.jsonl, one an update, up to this one; those after the checkpoint will come again."""
+    path = os.path.join(run_dir, "metrics.jsonl")
+    lines = open(path).readlines() if os.path.exists(path) else []
+    with writing(path):
+        with open(f"{path}.tmp", "w") as file:
+            file.writelines(lines[:update])
+        os.replace(f"{path}.tmp", path)
+
+
 def open_run(run_dir, args, parameters, optimizer):
-    """Takes the folder of a new run, or of --resume, for this process alone, and goes back to the last whole checkpoint.
+    """Claims the run's folder and goes back to its last whole checkpoint, if there is one.
 
     -> updates done, history as it was saved. No generator is restored: every draw is fixed by seed and update.
     """
+    state = {"update": 0, "history": None, "parameters": {}}
     first = not dist.is_initialized() or dist.get_rank() == 0  # it alone writes, then the others read
-    state, metrics = {"update": 0, "history": None, "parameters": {}}, os.path.join(run_dir, "metrics.jsonl")
-    if not first:
+    if first:
+        claim_run(run_dir, args)
+    else:
         barrier()
-    with writing(f"in {run_dir}, where another process may be at work"):
-        if first and not args.resume:
-            os.makedirs(f"{run_dir}.tmp{os.getpid()}")
-            with open(os.path.join(f"{run_dir}.tmp{os.getpid()}", "args.json"), "w") as file:
-                json.dump({"script": os.path.basename(__file__)} | vars(args), file, indent=2)
-            os.rename(f"{run_dir}.tmp{os.getpid()}", run_dir)  # fails where another run has the name by now
-        if first:
-            lock = os.open(os.path.join(run_dir, "args.json"), os.O_RDONLY)  # stays open as long as the process lives
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     for path in reversed(checkpoints(run_dir)) if args.resume else ():
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() in path:
@@ -457,13 +477,7 @@ def open_run(run_dir, args, parameters, optimizer):
         for name, saved in state["parameters"].items():
             parameters[name].copy_(saved)
     if first:
-        for name in os.listdir(run_dir):
-            if name.endswith(".tmp"):  # a process was killed as it wrote this
-                os.remove(os.path.join(run_dir, name))
-        lines = open(metrics).readlines() if os.path.exists(metrics) else []
-        with open(f"{metrics}.tmp", "w") as file:  # one line an update; those after the checkpoint will come again
-            file.writelines(lines[: state["update"]])
-        os.replace(f"{metrics}.tmp", metrics)
+        cut_metrics(run_dir, state["update"])
         barrier()
     return state["update"], state["history"]
 
@@ -475,6 +489,8 @@ def save_checkpoint(run_dir, args, parameters, optimizer, rank, update, history)
         return
     state = {"update": update, "history": history, "parameters": parameters, "optimizer": optimizer.state_dict()}
     with writing(path):
+        with open(os.path.join(run_dir, "metrics.jsonl"), "a") as file:
+            os.fsync(file.fileno())  # a power cut must not leave fewer lines than the checkpoint has updates
         with open(f"{path}.tmp", "wb+") as file:
             torch.save(state, file)
             file.flush()
@@ -487,14 +503,13 @@ def save_checkpoint(run_dir, args, parameters, optimizer, rank, update, history)
 
 
 def catch_signals():
-    """A list that SIGTERM or Ctrl-C goes into, for the end of the update; a second one ends the program at once."""
+    """A list that SIGTERM or Ctrl-C goes into, for the end of the update; Ctrl-C after that ends the program at once."""
     received, numbers = [], (signal.SIGINT, signal.SIGTERM)
 
     def receive(number, _):
         received.append(number)
-        print("\nstopping after this update; once more: at once", file=sys.stderr, flush=True)
-        for again in numbers:
-            signal.signal(again, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this update; Ctrl-C: at once\n")  # note: print is not safe here
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGTERM comes twice where torchrun and a scheduler both send it
 
     for number in numbers:
         signal.signal(number, receive)
@@ -576,8 +591,9 @@ if __name__ == "__main__":
     # differs from official code (dpo.py): no second model in memory, no second forward pass per batch
     (ref_logprobs, results), start = history or ({}, {}), time.perf_counter()  # split -> (rows, 2)
     for split, rows in splits.items() if done == 0 else ():
-        starts = tqdm(range(0, len(rows), size), desc=f"reference log-probs, {split}", disable=rank > 0)
-        parts = [in_chunks(logprobs_of, policy, size, *tensors_of(rows[start : start + size])) for start in starts]
+        step = size * world  # note: not all at once, as every batch is padded to its own longest row
+        starts = tqdm(range(0, len(rows), step), desc=f"reference log-probs, {split}", disable=rank > 0)
+        parts = [in_chunks(logprobs_of, policy, size, *tensors_of(rows[start : start + step])) for start in starts]
         ref_logprobs[split] = torch.cat(parts)
     ref_logprobs = {split: logprobs.to(device) for split, logprobs in ref_logprobs.items()}
     reference_seconds = time.perf_counter() - start
@@ -631,14 +647,17 @@ if __name__ == "__main__":
             save(update, (ref_logprobs, results))
         if stop["signals"]:
             barrier()
-            sys.exit(f"stopped after update {update} of {num_updates}; to go on: --resume {run_name}")
+            sys.exit(
+                f"stopped after update {update} of {num_updates}; to go on: --resume {run_name}" if rank == 0 else 1
+            )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # nothing left to finish
 
     # 5 save, compare the validation split before and after
     if rank == 0:
         save_folder(args.output_dir, trained, tokenizer)
-    with open(os.path.join(run_dir, "result.json") if rank == 0 else os.devnull, "w") as file:
+    path = os.path.join(run_dir, "result.json") if rank == 0 else os.devnull
+    with writing(path), open(path, "w") as file:
         json.dump(results, file, indent=2)
     print(f"\n{len(validation)} pairs of validation".ljust(26) + "".join(f"{name:>10}" for name in results))
     for name in results["before"]:

@@ -6,7 +6,7 @@
 Policy, critic, reference and reward model are split by torch's fully_shard; a layer is gathered while it computes, and for
 a rollout the whole policy, once. `diff drpo.py drpo_fsdp.py` is what that takes: the algorithm is the same, the numbers
 agree to rounding. Checkpoints are written by torch.distributed.checkpoint, every process its part; the final policy is an
-ordinary save_pretrained folder. Every process still reads the whole models into CPU memory at the start. No LoRA.
+ordinary save_pretrained folder. Every process reads one whole model at a time into CPU memory. No LoRA.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial, wraps
@@ -149,7 +149,7 @@ def read_args():
         if script != os.path.basename(__file__) or saved.keys() != vars(args).keys():
             fail(f"--resume {args.resume} is a run of {script}, with the flags {', '.join(saved)}")
         args = tyro.cli(Args, default=Args(**saved))
-        free = {"save_every", "keep_checkpoints", "output_dir", "micro_batch_size", "gradient_checkpointing"}
+        free = "save_every keep_checkpoints output_dir process_timeout micro_batch_size gradient_checkpointing".split()
         for name in sorted(saved.keys() - free):
             old, new, may_grow = saved[name], getattr(args, name), name in ("total_episodes", "num_epochs")
             if new != old and not (may_grow and new > old):
@@ -464,13 +464,14 @@ def splice_response(offline_ids, generated_ids, reset_len):
 
 # new in FSDP: sharding
 def shard(model):
-    """Splits every parameter over the processes, layer by layer."""
+    """Splits every parameter over the processes, layer by layer; -> the model, on their devices."""
     for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(layer)
     fully_shard(model)
     for part in (module for module in model.modules() if isinstance(module, FSDPModule)):
         part.set_gradient_divide_factor(1.0)  # gradients are added up, as everywhere here
         part.set_force_sum_reduction_for_comms(True)  # the one that gloo has
+    return model
 
 
 def between_hooks(function):
@@ -605,7 +606,8 @@ def writing(path):
     except Exception as error:  # torch and safetensors raise kinds of their own, torch over the one that says why
         if os.path.isfile(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
-        fail(f"cannot write {path}: {str(error.__context__ or error).splitlines()[0]}")
+        reason = error.__context__ or error
+        fail(f"cannot write {path}: {(str(reason) or repr(reason)).splitlines()[0]}")
 
 
 def log_metrics(run_dir, writer, metrics):
@@ -613,8 +615,8 @@ def log_metrics(run_dir, writer, metrics):
     path = os.path.join(run_dir, "metrics.jsonl")
     with writing(path), open(path, "a") as file:
         file.write(json.dumps(metrics) + "\n")
-    for name, value in metrics.items() if writer else ():
-        writer.add_scalar(name, value, metrics["update"])
+        for name, value in metrics.items() if writer else ():
+            writer.add_scalar(name, value, metrics["update"])
 
 
 def save_folder(path, *parts):
@@ -644,7 +646,8 @@ def plot_run(history, path):
     for axes, name in zip(figure.subplots(1, len(names)), names):
         axes.plot([point["episodes"] for point in history], [point[name] for point in history], marker="o", ms=3)
         axes.set(title={"score": "reward-model score", "kl": "KL to SFT (nats)"}.get(name, name), xlabel="episodes")
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)
 
 
 # runs that survive their process
@@ -662,42 +665,52 @@ def checksums(path):
     return found
 
 
+def claim_run(run_dir, args):
+    """Takes the folder of a new run, or of --resume, for this process alone; what a killed one left half-written goes."""
+    folder = run_dir if args.resume else f"{run_dir}.tmp{os.getpid()}"
+    with writing(f"in {run_dir}, where another process may be at work"):
+        os.makedirs(folder, exist_ok=True)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as the process lives
+        for path in [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".tmp")]:
+            (shutil.rmtree if os.path.isdir(path) else os.remove)(path)
+        with open(os.path.join(folder, "args.json.tmp"), "w") as file:
+            json.dump({"script": os.path.basename(__file__)} | vars(args), file, indent=2)
+        os.replace(os.path.join(folder, "args.json.tmp"), os.path.join(folder, "args.json"))
+        if not args.resume:
+            os.rename(folder, run_dir)  # fails where another run has the name by now
+
+
+def cut_metrics(run_dir, update):
+    """Leaves the lines of metrics.jsonl, one an update, up to this one; those after the checkpoint will come again."""
+    path = os.path.join(run_dir, "metrics.jsonl")
+    lines = open(path).readlines() if os.path.exists(path) else []
+    with writing(path):
+        with open(f"{path}.tmp", "w") as file:
+            file.writelines(lines[:update])
+        os.replace(f"{path}.tmp", path)
+
+
 def open_sharded_run(run_dir, args, parameters, optimizer, rank):
-    """Takes the folder of a new run, or of --resume, for this job alone, and goes back to the last whole checkpoint.
+    """Claims the run's folder and goes back to its last whole checkpoint, if there is one.
 
     -> updates done, history as it was saved. No generator is restored: every draw is fixed by seed and update.
     """
-    found, metrics = [None], os.path.join(run_dir, "metrics.jsonl")
+    found = [None, 0, None]
     if rank == 0:
-        with writing(f"in {run_dir}, where another process may be at work"):
-            if not args.resume:
-                os.makedirs(f"{run_dir}.tmp{os.getpid()}")
-                with open(os.path.join(f"{run_dir}.tmp{os.getpid()}", "args.json"), "w") as file:
-                    json.dump({"script": os.path.basename(__file__)} | vars(args), file, indent=2)
-                os.rename(f"{run_dir}.tmp{os.getpid()}", run_dir)  # fails where another run has the name by now
-            lock = os.open(os.path.join(run_dir, "args.json"), os.O_RDONLY)  # stays open as long as the process lives
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        claim_run(run_dir, args)
         for path in reversed(sharded_checkpoints(run_dir)):
-            with open(os.path.join(path, "manifest.json")) as file:
+            with suppress(OSError, ValueError, KeyError), open(os.path.join(path, "manifest.json")) as file:
                 manifest = json.load(file)
-            if manifest["files"] == checksums(path):
-                found = [path, manifest["update"], manifest["history"]]
-                break
+                if manifest["files"] == checksums(path):
+                    found = [path, manifest["update"], manifest["history"]]
+                    break
             print(f"note: {path} is damaged, now {path}.damaged")
             os.rename(path, f"{path}.damaged")
-        for name in os.listdir(run_dir):
-            if name.endswith(".tmp"):  # a process was killed as it wrote this
-                shutil.rmtree(os.path.join(run_dir, name), ignore_errors=True)
-        lines = open(metrics).readlines() if os.path.exists(metrics) else []
-        with open(f"{metrics}.tmp", "w") as file:  # one line an update; those after the checkpoint will come again
-            file.writelines(lines[: found[1] if found[0] else 0])
-        os.replace(f"{metrics}.tmp", metrics)
-    everybodys = [found]
-    dist.broadcast_object_list(everybodys)
-    path, *rest = everybodys[0]
-    if path is None:
-        return 0, None
-    dcp.load(training_state(parameters, optimizer), checkpoint_id=path)
+        cut_metrics(run_dir, found[1])
+    dist.broadcast_object_list(found)
+    path, *rest = found
+    if path:
+        dcp.load(training_state(parameters, optimizer), checkpoint_id=path)
     return rest
 
 
@@ -710,24 +723,35 @@ def save_sharded_checkpoint(run_dir, args, parameters, optimizer, rank, update, 
         return
     path = os.path.join(known[1], f"checkpoint_{update:08d}")
     with writing(path):
-        dcp.save(training_state(parameters, optimizer), checkpoint_id=f"{path}.tmp")
+        failure = None
+        try:
+            dcp.save(training_state(parameters, optimizer), checkpoint_id=f"{path}.tmp")
+        except dcp.CheckpointException as error:  # a BaseException, with what happened to each process
+            failure = next(iter(error.failures.values()))[0]
+        if failure:
+            if rank == 0:
+                shutil.rmtree(f"{path}.tmp", ignore_errors=True)
+            raise failure
         if rank == 0:
+            with open(os.path.join(known[1], "metrics.jsonl"), "a") as file:
+                os.fsync(file.fileno())  # a power cut must not leave fewer lines than the checkpoint has updates
             with open(os.path.join(f"{path}.tmp", "manifest.json"), "w") as file:
                 json.dump({"update": update, "history": history, "files": checksums(f"{path}.tmp")}, file)
+                file.flush()
+                os.fsync(file.fileno())
             os.rename(f"{path}.tmp", path)
     for old in sharded_checkpoints(run_dir)[: -args.keep_checkpoints] if rank == 0 else ():
         shutil.rmtree(old)
 
 
 def catch_signals():
-    """A list that SIGTERM or Ctrl-C goes into, for the end of the update; a second one ends the program at once."""
+    """A list that SIGTERM or Ctrl-C goes into, for the end of the update; Ctrl-C after that ends the program at once."""
     received, numbers = [], (signal.SIGINT, signal.SIGTERM)
 
     def receive(number, _):
         received.append(number)
-        print("\nstopping after this update; once more: at once", file=sys.stderr, flush=True)
-        for again in numbers:
-            signal.signal(again, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this update; Ctrl-C: at once\n")  # note: print is not safe here
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGTERM comes twice where torchrun and a scheduler both send it
 
     for number in numbers:
         signal.signal(number, receive)
@@ -787,17 +811,16 @@ if __name__ == "__main__":
         splits[split] = [row | {"reset_ids": ids} for row, ids in zip(splits[split], resets)]  # new in DR-PO:
     # eval mode, that is no dropout, or the ratios of the first epoch are not 1 (N+ detail 7)
     kind, path = AutoModelForCausalLM, args.sft_path
-    policy, ref_policy = (load(kind, path, dtype=torch.float32).to(device).eval() for _ in range(2))
+    # new in FSDP: one after the other, and only its shards reach the device
+    policy, ref_policy = (shard(load(kind, path, dtype=torch.float32)).eval() for _ in range(2))
     kind, path = AutoModelForSequenceClassification, args.reward_path
-    reward_model, critic = (load(kind, path, dtype=torch.float32).to(device).eval() for _ in range(2))
+    reward_model, critic = (shard(load(kind, path, dtype=torch.float32)).eval() for _ in range(2))
     for model, path in ((policy, args.sft_path), (reward_model, args.reward_path)):
         check_size(model, path, tokenizer, args.prompt_length + args.response_length)
     if reward_model.config.num_labels != 1:
         fail(f"--reward-path {args.reward_path} is no reward model: it must have exactly one output")
     trained = make_trainable(policy, ref_policy, args)
     make_trainable(critic, reward_model, args)  # differs from official code: LoRA freezes the value head there
-    for model in (policy, ref_policy, reward_model, critic):  # new in FSDP:
-        shard(model)
     parameters = trainable(policy=policy, critic=critic)
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     train, validation, held_out = (splits[name] for name in names)
@@ -897,7 +920,8 @@ if __name__ == "__main__":
             norm = norm.full_tensor()  # new in FSDP:
             sums["policy/grad_norm"] = norm.item()
             if not all(math.isfinite(x) for x in sums.values()):
-                save(update - 1, history)  # the weights from before this step
+                if not stats:  # else this update has begun, and the last checkpoint is the place to go back to
+                    save(update - 1, history)
                 fail_not_finite(update, picked[minibatch.cpu()], dict(sums), parameters)
             torch.nn.utils.clip_grads_with_norm_(parameters.values(), args.max_grad_norm, norm)
             optimizer.step()
@@ -934,7 +958,9 @@ if __name__ == "__main__":
             save(update, history)
         if stop["signals"]:
             barrier()
-            sys.exit(f"stopped after update {update} of {num_updates}; to go on: --resume {run_name}")
+            sys.exit(
+                f"stopped after update {update} of {num_updates}; to go on: --resume {run_name}" if rank == 0 else 1
+            )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # nothing left to finish
 
@@ -949,7 +975,8 @@ if __name__ == "__main__":
     sft_texts, sft_result = evaluate(ref_policy, *frozen, held_out, args, device)
     texts, result = evaluate(policy, *frozen, held_out, args, device)
     results = {"SFT": sft_result, "DR-PO": result}
-    with open(os.path.join(run_dir, "result.json") if rank == 0 else os.devnull, "w") as file:
+    path = os.path.join(run_dir, "result.json") if rank == 0 else os.devnull
+    with writing(path), open(path, "w") as file:
         json.dump(results, file, indent=2)
     for row, sft_text, text in list(zip(held_out, sft_texts, texts))[:3]:
         print(f"\n{row['prompt']}\n  reference:{row['completion']}\n  SFT:      {sft_text}\n  tuned:    {text}")

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def read_args():
         if script != os.path.basename(__file__) or saved.keys() != vars(args).keys():
             fail(f"--resume {args.resume} is a run of {script}, with the flags {', '.join(saved)}")
         args = tyro.cli(Args, default=Args(**saved))
-        free = {"save_every", "keep_checkpoints", "output_dir", "micro_batch_size", "gradient_checkpointing"}
+        free = "save_every keep_checkpoints output_dir process_timeout micro_batch_size gradient_checkpointing".split()
         for name in sorted(saved.keys() - free):
             old, new, may_grow = saved[name], getattr(args, name), name in ("total_episodes", "num_epochs")
             if new != old and not (may_grow and new > old):
@@ -385,7 +386,8 @@ def writing(path):
     except Exception as error:  # torch and safetensors raise kinds of their own, torch over the one that says why
         if os.path.isfile(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
-        fail(f"cannot write {path}: {str(error.__context__ or error).splitlines()[0]}")
+        reason = error.__context__ or error
+        fail(f"cannot write {path}: {(str(reason) or repr(reason)).splitlines()[0]}")
 
 
 def log_metrics(run_dir, writer, metrics):
@@ -393,8 +395,8 @@ def log_metrics(run_dir, writer, metrics):
     path = os.path.join(run_dir, "metrics.jsonl")
     with writing(path), open(path, "a") as file:
         file.write(json.dumps(metrics) + "\n")
-    for name, value in metrics.items() if writer else ():
-        writer.add_scalar(name, value, metrics["update"])
+        for name, value in metrics.items() if writer else ():
+            writer.add_scalar(name, value, metrics["update"])
 
 
 def save_folder(path, *parts):
@@ -420,24 +422,42 @@ def checkpoints(run_dir):
     return [os.path.join(run_dir, name) for name in names]
 
 
+def claim_run(run_dir, args):
+    """Takes the folder of a new run, or of --resume, for this process alone; what a killed one left half-written goes."""
+    folder = run_dir if args.resume else f"{run_dir}.tmp{os.getpid()}"
+    with writing(f"in {run_dir}, where another process may be at work"):
+        os.makedirs(folder, exist_ok=True)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as the process lives
+        for path in [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".tmp")]:
+            (shutil.rmtree if os.path.isdir(path) else os.remove)(path)
+        with open(os.path.join(folder, "args.json.tmp"), "w") as file:
+            json.dump({"script": os.path.basename(__file__)} | vars(args), file, indent=2)
+        os.replace(os.path.join(folder, "args.json.tmp"), os.path.join(folder, "args.json"))
+        if not args.resume:
+            os.rename(folder, run_dir)  # fails where another run has the name by now
+
+
+def cut_metrics(run_dir, update):
+    """Leaves the lines of metrics.jsonl, one an update, up to this one; those after the checkpoint will come again."""
+    path = os.path.join(run_dir, "metrics.jsonl")
+    lines = open(path).readlines() if os.path.exists(path) else []
+    with writing(path):
+        with open(f"{path}.tmp", "w") as file:
+            file.writelines(lines[:update])
+        os.replace(f"{path}.tmp", path)
+
+
 def open_run(run_dir, args, parameters, optimizer):
-    """Takes the folder of a new run, or of --resume, for this process alone, and goes back to the last whole checkpoint.
+    """Claims the run's folder and goes back to its last whole checkpoint, if there is one.
 
     -> updates done, history as it was saved. No generator is restored: every draw is fixed by seed and update.
     """
+    state = {"update": 0, "history": None, "parameters": {}}
     first = not dist.is_initialized() or dist.get_rank() == 0  # it alone writes, then the others read
-    state, metrics = {"update": 0, "history": None, "parameters": {}}, os.path.join(run_dir, "metrics.jsonl")
-    if not first:
+    if first:
+        claim_run(run_dir, args)
+    else:
         barrier()
-    with writing(f"in {run_dir}, where another process may be at work"):
-        if first and not args.resume:
-            os.makedirs(f"{run_dir}.tmp{os.getpid()}")
-            with open(os.path.join(f"{run_dir}.tmp{os.getpid()}", "args.json"), "w") as file:
-                json.dump({"script": os.path.basename(__file__)} | vars(args), file, indent=2)
-            os.rename(f"{run_dir}.tmp{os.getpid()}", run_dir)  # fails where another run has the name by now
-        if first:
-            lock = os.open(os.path.join(run_dir, "args.json"), os.O_RDONLY)  # stays open as long as the process lives
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     for path in reversed(checkpoints(run_dir)) if args.resume else ():
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() in path:
@@ -450,13 +470,7 @@ def open_run(run_dir, args, parameters, optimizer):
         for name, saved in state["parameters"].items():
             parameters[name].copy_(saved)
     if first:
-        for name in os.listdir(run_dir):
-            if name.endswith(".tmp"):  # a process was killed as it wrote this
-                os.remove(os.path.join(run_dir, name))
-        lines = open(metrics).readlines() if os.path.exists(metrics) else []
-        with open(f"{metrics}.tmp", "w") as file:  # one line an update; those after the checkpoint will come again
-            file.writelines(lines[: state["update"]])
-        os.replace(f"{metrics}.tmp", metrics)
+        cut_metrics(run_dir, state["update"])
         barrier()
     return state["update"], state["history"]
 
@@ -468,6 +482,8 @@ def save_checkpoint(run_dir, args, parameters, optimizer, rank, update, history)
         return
     state = {"update": update, "history": history, "parameters": parameters, "optimizer": optimizer.state_dict()}
     with writing(path):
+        with open(os.path.join(run_dir, "metrics.jsonl"), "a") as file:
+            os.fsync(file.fileno())  # a power cut must not leave fewer lines than the checkpoint has updates
         with open(f"{path}.tmp", "wb+") as file:
             torch.save(state, file)
             file.flush()
@@ -480,14 +496,13 @@ def save_checkpoint(run_dir, args, parameters, optimizer, rank, update, history)
 
 
 def catch_signals():
-    """A list that SIGTERM or Ctrl-C goes into, for the end of the update; a second one ends the program at once."""
+    """A list that SIGTERM or Ctrl-C goes into, for the end of the update; Ctrl-C after that ends the program at once."""
     received, numbers = [], (signal.SIGINT, signal.SIGTERM)
 
     def receive(number, _):
         received.append(number)
-        print("\nstopping after this update; once more: at once", file=sys.stderr, flush=True)
-        for again in numbers:
-            signal.signal(again, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this update; Ctrl-C: at once\n")  # note: print is not safe here
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGTERM comes twice where torchrun and a scheduler both send it
 
     for number in numbers:
         signal.signal(number, receive)
@@ -615,7 +630,9 @@ if __name__ == "__main__":
             save(update, None)
         if stop["signals"]:
             barrier()
-            sys.exit(f"stopped after update {update} of {num_updates}; to go on: --resume {run_name}")
+            sys.exit(
+                f"stopped after update {update} of {num_updates}; to go on: --resume {run_name}" if rank == 0 else 1
+            )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # nothing left to finish
 
@@ -645,7 +662,8 @@ if __name__ == "__main__":
                 result[name] = {"pairs": int(inside.sum())} | means
     for row in result.values():
         row["stderr"] = (row["accuracy"] * (1 - row["accuracy"]) / row["pairs"]) ** 0.5  # of the accuracy
-    with open(os.path.join(run_dir, "result.json") if rank == 0 else os.devnull, "w") as file:
+    path = os.path.join(run_dir, "result.json") if rank == 0 else os.devnull
+    with writing(path), open(path, "w") as file:
         json.dump(result, file, indent=2)
     print(f"\n{args.eval_split} pairs".ljust(26) + "".join(f"{name:>10}" for name in result["all"]))
     for name, row in result.items():

@@ -3,7 +3,7 @@
     python benchmark/speed.py --rounds 5 --trl-python /path/to/venv_with_trl_1.12.0/bin/python
     python benchmark/speed.py --sizes tiny --jobs ppo drpo          # ours alone, one size
     python benchmark/speed.py --profile                             # stages of an update, and the floor of its arithmetic
-    python benchmark/speed.py --growth                              # cost against batch, response length, vocabulary, width
+    python benchmark/speed.py --growth --rounds 2                   # cost against batch, response length, vocabulary, width
 
 Models are GPT-NeoX with random weights, prompts have 64 tokens, responses 53; 64 episodes an update and 4 epochs for PPO,
 16 pairs for DPO and reward model, float32. Every number comes from the real scripts in processes of their own: seconds
@@ -225,30 +225,42 @@ def growth(args, folder):
         "vocab": (2048, 8192, 32768),
         "width": (64, 128, 256),
     }
-    rows, curves = [], {}
-    for name, steps in values.items():
-        for step in steps:
-            shape = base | {name: step}
-            place = folder / f"{name}_{step}"
-            make(place, 4, shape["vocab"], shape["width"], response=shape["response"])
+    shapes = {(name, step): base | {name: step} for name, steps in values.items() for step in steps}
+    found = {}  # (numbers of a shape, script) -> one result a round; the base is a step of every size, measured once
+    for number in range(args.rounds):
+        for shape in {tuple(shape.values()): shape for shape in shapes.values()}.values():
+            place = folder / "_".join(map(str, shape.values()))
+            if number == 0:
+                make(place, 4, shape["vocab"], shape["width"], response=shape["response"])
             flags = ("--batch-size", shape["batch"], "--minibatch-size", shape["batch"])
             flags += ("--micro-batch-size", shape["batch"], "--response-length", shape["response"])
             flags += ("--total-episodes", shape["batch"] * (args.updates + 1))
             for job in ("ppo", "drpo"):
-                found = ours(job, place, args.updates, *flags)
-                rows.append([name, step, job, *(f"{found[key]:.2f}" for key in (*STAGES[job], "peak"))])
-                curves.setdefault((name, job), []).append((step, found["seconds"]))
-                print(rows[-1], file=sys.stderr, flush=True)
-    print_table(("grows", "to", "script", *(f"{stage} s" for stage in STAGES["ppo"]), "GiB"), rows)
+                result = ours(job, place, args.updates, *flags)
+                found.setdefault((*shape.values(), job), []).append(result)
+                print(f"round {number + 1}: {shape} {job}: {result}", file=sys.stderr, flush=True)
+    rows, curves = [], {}
+    for (name, step), shape in shapes.items():
+        for job in ("ppo", "drpo"):
+            results = found[(*shape.values(), job)]
+            middle = {key: statistics.median(result[key] for result in results) for key in results[0]}
+            rows.append([name, step, job, *(f"{middle[key]:.2f}" for key in (*STAGES[job], "seconds", "peak"))])
+            curves.setdefault((name, job), []).append((step, middle["seconds"]))
+    print_table(("grows", "to", "script", *(f"{stage} s" for stage in STAGES["ppo"]), "update s", "GiB"), rows)
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 3.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 4), values):
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    plots = figure.subplots(1, 4, sharey=True)
+    for axes, name in zip(plots, values):
         for job in ("ppo", "drpo"):
             axes.plot(*zip(*curves[name, job]), marker="o", label=f"{job}.py")
-        axes.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds per update", title=f"cost against {name}")
+        axes.set(xscale="log", yscale="log", xlabel=name)
         axes.set_xticks(values[name], [str(value) for value in values[name]])
-        axes.legend()
+        axes.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_tick_params(which="minor", length=0, labelcolor="none")
+    plots[0].set_ylabel("seconds per update")
+    plots[0].legend()
     figure.savefig(ROOT / "docs/growth.png", dpi=110)
 
 

@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from string import Template
@@ -161,7 +161,7 @@ def test_retry_delay():
         return judge.retry_delay(SimpleNamespace(headers={} if value is None else {"retry-after": value}), -7.0)
 
     def date(**later):
-        return format_datetime(datetime.now(timezone.utc) + timedelta(**later), usegmt=True)
+        return format_datetime(datetime.now(UTC) + timedelta(**later), usegmt=True)
 
     assert delay("3") == 3.0 and delay("0") == 0.0
     assert delay(date(hours=5)) == pytest.approx(5 * 3600, abs=600)
@@ -893,7 +893,7 @@ def completion(**choice):
 
 
 def http_date(seconds):
-    return format_datetime(datetime.now(timezone.utc) + timedelta(seconds=seconds), usegmt=True)
+    return format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
 
 
 TEMPORARY = {

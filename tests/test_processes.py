@@ -59,7 +59,8 @@ COUNTS = [
 @pytest.mark.parametrize("script, processes", COUNTS)
 def test_the_number_of_processes_changes_rounding_alone(script, processes, models):
     name = f"{script[:-3]}_of_{processes}"
-    found, printed = run(processes, script, name, models)
+    more = ["--gradient-checkpointing"] * (script == "drpo_fsdp.py")  # hooks within hooks
+    found, printed = run(processes, script, name, models, *more)
     expected, alone = run(1, script.replace("_fsdp", ""), f"{name}_alone", models)
     assert len(found) == len(expected) > 2
     for ours, theirs in zip(found, expected, strict=True):
@@ -70,8 +71,7 @@ def test_the_number_of_processes_changes_rounding_alone(script, processes, model
             assert ours[key] == pytest.approx(value, rel=2e-3, abs=2e-4), (ours["update"], key)
     for key in ("response/length", "reset/length", "reset/fraction"):  # the same rollouts
         assert [line.get(key) for line in found] == [line.get(key) for line in expected]
-    table = [[line for line in text.splitlines() if "prompts of" in line] for text in (printed, alone)]
-    assert table[0] == table[1]  # printed once
+    assert printed.count("metrics, arguments") == alone.count("metrics, arguments") == 1
     weights, others = (load_file(models.folder / f"out_{run}/model.safetensors") for run in (name, f"{name}_alone"))
     assert weights.keys() == others.keys()
     for key, tensor in weights.items():
@@ -168,9 +168,10 @@ def start(processes, name, models, *flags, script="drpo.py"):
     return job, ranks
 
 
-def test_a_dead_process_ends_the_job(models):
-    job, ranks = start(2, "death", models)
-    os.kill(ranks[1], signal.SIGKILL)
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_dead_process_ends_the_job(models, rank):
+    job, ranks = start(2, f"death_of_{rank}", models)
+    os.kill(ranks[rank], signal.SIGKILL)
     _, errors = job.communicate(timeout=100)
     assert job.returncode != 0 and "Signal 9 (SIGKILL)" in errors
 
@@ -184,11 +185,14 @@ def test_a_stalled_process_ends_the_job(models):
 
 
 def test_a_stopped_job_goes_on_with_any_number_of_processes(models):
-    job, _ = start(2, "stopped_job", models)
+    job, _ = start(2, "stopped_job", models, "--save-every", 1000)
     job.send_signal(signal.SIGTERM)
     _, errors = job.communicate(timeout=100)
     assert job.returncode != 0 and "to go on: --resume stopped_job" in errors
-    done = len(read_metrics(models.folder / "runs/stopped_job"))
+    done, kept = (
+        len(read_metrics(models.folder / "runs/stopped_job")),
+        (models.folder / "runs/stopped_job/metrics.jsonl").read_text(),
+    )
     assert list((models.folder / "runs/stopped_job").glob(f"checkpoint_{done:08d}_*.pt"))
     wanted = done + 2
     resume = ("--resume", "stopped_job", "--total-episodes", 1600, "--save-every", 1000)
@@ -200,6 +204,7 @@ def test_a_stopped_job_goes_on_with_any_number_of_processes(models):
         time.sleep(0.05)
     job.kill()
     job.wait()
+    assert (models.folder / "runs/stopped_job/metrics.jsonl").read_text().startswith(kept)  # times too: not done again
     updates = [line["update"] for line in read_metrics(models.folder / "runs/stopped_job")]
     assert updates == list(range(1, len(updates) + 1))
 
@@ -210,28 +215,49 @@ def test_sharding_needs_torchrun(models):
 
 
 @pytest.mark.slow
-def test_a_sharded_run_goes_on_from_its_last_whole_checkpoint(models):
+@pytest.mark.parametrize("damage", ["part", "manifest"])
+def test_a_sharded_run_goes_on_from_its_last_whole_checkpoint(models, damage):
     """Stopped, its newest checkpoint damaged: resumed it equals an undisturbed one, every process with half of it."""
-    more = ("--total-episodes", 96, "--save-every", 1)
-    expected, _ = run(2, "drpo_fsdp.py", "sharded_whole", models, *more)
-    job, _ = start(2, "sharded", models, *more, script="drpo_fsdp.py")
+    more, name = ("--total-episodes", 96, "--save-every", 1), f"sharded_{damage}"
+    expected, _ = run(2, "drpo_fsdp.py", f"{name}_whole", models, *more)
+    job, _ = start(2, name, models, *more, script="drpo_fsdp.py")
     job.send_signal(signal.SIGTERM)
     _, errors = job.communicate(timeout=100)
-    run_dir = models.folder / "runs/sharded"
-    assert "to go on: --resume sharded" in errors and len(read_metrics(run_dir)) < 6
+    run_dir = models.folder / "runs" / name
+    assert errors.count(f"to go on: --resume {name}") == 1 and len(read_metrics(run_dir)) < 6
     older, newest = sorted(run_dir.glob("checkpoint_*"))
+    kept = "".join((run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)[: int(older.name[11:])])
     parts = sorted(newest.glob("*.distcp"))
     sizes = [part.stat().st_size for part in parts]
     assert len(sizes) == 2 and max(sizes) < 1.1 * min(sizes)
-    parts[1].write_bytes(parts[1].read_bytes()[:-50] + bytes(50))
-    launched = torchrun(2, ROOT / "drpo_fsdp.py", "--resume", "sharded")
+    if damage == "part":
+        parts[1].write_bytes(parts[1].read_bytes()[:-50] + bytes(50))
+    else:
+        (newest / "manifest.json").write_bytes((newest / "manifest.json").read_bytes()[:-9])
+    launched = torchrun(2, ROOT / "drpo_fsdp.py", "--resume", name)
     done = subprocess.run(launched, cwd=models.folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{newest.name} is damaged" in done.stdout
-    assert read_metrics(run_dir) == expected
-    weights = [
-        (models.folder / f"{out}/model.safetensors").read_bytes() for out in ("out_sharded", "out_sharded_whole")
-    ]
+    assert read_metrics(run_dir) == expected and (run_dir / "metrics.jsonl").read_text().startswith(kept)
+    weights = [(models.folder / f"out_{run}/model.safetensors").read_bytes() for run in (name, f"{name}_whole")]
     assert weights[0] == weights[1]
-    done = run_script("drpo.py", "--resume", "sharded", cwd=models.folder, check=False)
+    done = run_script("drpo.py", "--resume", name, cwd=models.folder, check=False)
     assert done.returncode == 2 and "is a run of drpo_fsdp.py" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_sharded_run_with_its_reason(models, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a small disk can only be mounted by root")
+    try:
+        command = (*flags_of("drpo_fsdp.py", models), "--run-name", "full", "--save-every", 1)
+        launched = torchrun(2, ROOT / "drpo_fsdp.py", *command)
+        done = subprocess.run(launched, cwd=disk, capture_output=True, text=True)
+        assert done.returncode != 0
+        assert "error: cannot write" in done.stderr and "CheckpointException" not in done.stderr
+        whole = list((disk / "runs/full").glob("checkpoint_*"))
+        assert len(whole) == 2 and all((path / "manifest.json").exists() for path in whole)
+    finally:
+        subprocess.run(["umount", disk], check=True)

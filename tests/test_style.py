@@ -94,9 +94,9 @@ def test_every_field_is_explained_and_read(path):
 def test_scripts_stay_short():
     lengths = {path.name: len(path.read_text().splitlines()) for path in SCRIPTS}
     print(f"lines {lengths}")
-    assert lengths["ppo.py"] <= 860
-    assert lengths["drpo.py"] <= 905
-    assert lengths["dpo.py"] <= 650
+    assert lengths["ppo.py"] <= 880
+    assert lengths["drpo.py"] <= 925
+    assert lengths["dpo.py"] <= 670
 
 
 def test_drpo_is_ppo_plus_the_idea():
