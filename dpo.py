@@ -329,10 +329,12 @@ def gather(rows):
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
-def barrier():
-    """Waits for the other processes of torchrun, if there are any."""
+def barrier(last=False):
+    """Waits for the other processes of torchrun, if there are any; after the last time each goes its own way."""
     if dist.is_initialized():
         dist.barrier()
+        if last:  # else the threads behind it may abort the process as it exits
+            dist.destroy_process_group()
 
 
 def sum_over_processes(sums, parameters):
@@ -646,7 +648,7 @@ if __name__ == "__main__":
         if update % args.save_every == 0 or update == num_updates or stop["signals"]:
             save(update, (ref_logprobs, results))
         if stop["signals"]:
-            barrier()
+            barrier(last=True)
             sys.exit(
                 f"stopped after update {update} of {num_updates}; to go on: --resume {run_name}" if rank == 0 else 1
             )
@@ -663,3 +665,4 @@ if __name__ == "__main__":
     for name in results["before"]:
         print(f"{name:25}" + "".join(f"{row[name]:10.3f}" for row in results.values()))
     print(f"\nfinal policy: {args.output_dir}   metrics, arguments: {run_dir}")
+    barrier(last=True)

@@ -300,10 +300,12 @@ def gather(rows):
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
-def barrier():
-    """Waits for the other processes of torchrun, if there are any."""
+def barrier(last=False):
+    """Waits for the other processes of torchrun, if there are any; after the last time each goes its own way."""
     if dist.is_initialized():
         dist.barrier()
+        if last:  # else the threads behind it may abort the process as it exits
+            dist.destroy_process_group()
 
 
 @torch.no_grad()
@@ -724,8 +726,7 @@ if __name__ == "__main__":
         generations[path] = read_jsonl(file)
         print(f"{len(rows)} completions of {path}: {file}")
 
-    if dist.is_initialized():  # what is left takes one process
-        dist.destroy_process_group()
+    barrier(last=True)  # what is left takes one process
     if rank > 0:
         sys.exit()
 

@@ -377,10 +377,12 @@ def gather(rows):
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
-def barrier():
-    """Waits for the other processes of torchrun, if there are any."""
+def barrier(last=False):
+    """Waits for the other processes of torchrun, if there are any; after the last time each goes its own way."""
     if dist.is_initialized():
         dist.barrier()
+        if last:  # else the threads behind it may abort the process as it exits
+            dist.destroy_process_group()
 
 
 def sum_over_processes(sums, parameters):
@@ -851,7 +853,7 @@ if __name__ == "__main__":
         if update % args.save_every == 0 or update == num_updates or stop["signals"]:
             save(update, history)
         if stop["signals"]:
-            barrier()
+            barrier(last=True)
             sys.exit(
                 f"stopped after update {update} of {num_updates}; to go on: --resume {run_name}" if rank == 0 else 1
             )
@@ -874,3 +876,4 @@ if __name__ == "__main__":
     for name, row in results.items():
         print(f"{name:25}" + "".join(f"{value:10.3f}" for value in row.values()))
     print(f"\nfinal policy: {args.output_dir}   metrics, arguments, picture: {run_dir}")
+    barrier(last=True)

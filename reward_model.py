@@ -341,10 +341,12 @@ def gather(rows):
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
-def barrier():
-    """Waits for the other processes of torchrun, if there are any."""
+def barrier(last=False):
+    """Waits for the other processes of torchrun, if there are any; after the last time each goes its own way."""
     if dist.is_initialized():
         dist.barrier()
+        if last:  # else the threads behind it may abort the process as it exits
+            dist.destroy_process_group()
 
 
 def sum_over_processes(sums, parameters):
@@ -629,7 +631,7 @@ if __name__ == "__main__":
         if update % args.save_every == 0 or update == num_updates or stop["signals"]:
             save(update, None)
         if stop["signals"]:
-            barrier()
+            barrier(last=True)
             sys.exit(
                 f"stopped after update {update} of {num_updates}; to go on: --resume {run_name}" if rank == 0 else 1
             )
@@ -670,3 +672,4 @@ if __name__ == "__main__":
         print(f"{name:25}" + "".join(f"{x:10.3f}" if isinstance(x, float) else f"{x:10}" for x in row.values()))
     print(f"\nreference scores: mean 0 (shifted by {model.config.score_mean:.3f}), std {reference_scores.std():.3f}")
     print(f"reward model: {args.output_dir}   metrics, arguments: {run_dir}")
+    barrier(last=True)
