@@ -3,7 +3,7 @@
     python benchmark/speed.py --rounds 5 --trl-python /path/to/venv_with_trl_1.12.0/bin/python
     python benchmark/speed.py --sizes tiny --jobs ppo drpo          # ours alone, one size
     python benchmark/speed.py --profile                             # stages of an update, and the floor of its arithmetic
-    python benchmark/speed.py --growth --rounds 2                   # cost against batch, response length, vocabulary, width
+    python benchmark/speed.py --growth --rounds 1                   # cost against batch, response length, vocabulary, width
 
 Models are GPT-NeoX with random weights, prompts have 64 tokens, responses 53; 64 episodes an update and 4 epochs for PPO,
 16 pairs for DPO and reward model, float32. Every number comes from the real scripts in processes of their own: seconds
