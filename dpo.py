@@ -9,7 +9,7 @@ optimum as KL-penalised RL on the reward model of those pairs. The offline basel
 DPO = arXiv:2305.18290, DR-PO = arXiv:2404.08495v3. "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr:
  1. reference log-probs are computed once, by the policy before its first step; the official code keeps a second model.
  2. linear learning-rate decay (the paper's; the official code decays by a cosine), no weight decay, clipped gradient
-    norm; all randomness comes from --seed; full fine-tuning by default, one process.
+    norm; all randomness comes from --seed; full fine-tuning by default.
 """
 
 import fcntl
