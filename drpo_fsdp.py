@@ -316,12 +316,12 @@ def rubric_score(summary, facts):
 # log-probs, values, scores
 def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask):
     """Hidden states (B, R + 1, d): column t has read the prompt and t response tokens. The only place that shifts."""
-    prompt_ids, prompt_mask = trim(prompt_ids, prompt_mask)
-    input_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, P + R)
     mask = torch.cat([prompt_mask, response_mask], dim=1)  # (B, P + R)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = model.base_model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    return output.last_hidden_state[:, prompt_ids.shape[1] - 1 :]
+    order = (~mask).byte().argsort(dim=1, stable=True)[:, : mask.sum(1).max()]  # (B, L): what is real comes first
+    ids = torch.cat([prompt_ids, response_ids], dim=1).gather(1, order)  # note: nothing sees padding on its right
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, L, d)
+    column = torch.arange(-1, response_ids.shape[1], device=mask.device) + prompt_mask.sum(1)[:, None]  # (B, R + 1)
+    return hidden.gather(1, column.clamp(max=ids.shape[1] - 1).unsqueeze(2).expand(-1, -1, hidden.shape[2]))
 
 
 class TokenLogprob(torch.autograd.Function):
@@ -403,12 +403,12 @@ def sum_over_processes(sums, parameters):
 
 @torch.no_grad()
 def in_chunks(function, model, size, *tensors, key=None, **kwargs):
-    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then prompt.
+    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then length.
 
     The processes of torchrun share the rows; every one gets the whole result.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    order = tensors[1].sum(1).argsort(stable=True)  # prompts of one length together need little padding
+    order = sum(mask.flatten(1).sum(1) for mask in tensors[:4] if mask.dtype == torch.bool).argsort(stable=True)
     order = order if key is None else order[key[order].argsort(stable=True)]
     mine = order.repeat(world)[: -(-len(order) // world) * world][rank::world]  # equally many for every process
     parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in mine.split(size)]
@@ -577,17 +577,17 @@ def evaluate(policy, ref_policy, reward_model, tokenizer, rows, args, device):
     -> texts and means: win rate against the reference (by rubric, else by score; a tie is half a win), rubric, score,
     KL to SFT (nats per response), length (tokens, EOS included), share of responses that ended with EOS.
     """
-    size, eos = args.micro_batch_size, tokenizer.eos_token_id
+    size, eos, temperature = args.micro_batch_size, tokenizer.eos_token_id, args.temperature
     prompts = pad([row["prompt_ids"] for row in rows], "left", device)  # ids (B, P), mask (B, P)
     offline = pad([row["offline_ids"] for row in rows], "right", device)
     table = np.random.default_rng(args.seed).random((len(rows), args.response_length), dtype=np.float32)
     uniforms, budget = torch.from_numpy(table).to(device), torch.full((len(rows),), args.response_length, device=device)
-    response_ids = in_chunks(generate, policy, size, *prompts, uniforms, budget, eos=eos, temperature=args.temperature)
+    response_ids = in_chunks(generate, policy, 4 * size, *prompts, uniforms, budget, eos=eos, temperature=temperature)
     mask, ended = mask_to_eos(response_ids, eos), (response_ids == eos).any(1)
     batch = (*prompts, response_ids, mask)
     scores = torch.where(ended, in_chunks(sequence_scores, reward_model, size, *batch), args.missing_eos_score)
-    logprobs = in_chunks(token_logprobs, policy, size, *batch, mask, temperature=args.temperature)
-    ref_logprobs = in_chunks(token_logprobs, ref_policy, size, *batch, mask, temperature=args.temperature)
+    logprobs = in_chunks(token_logprobs, policy, size, *batch, mask, temperature=temperature)
+    ref_logprobs = in_chunks(token_logprobs, ref_policy, size, *batch, mask, temperature=temperature)
     texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(response_ids, mask)]
     means = {"score": scores, "kl": (logprobs - ref_logprobs).sum(1), "length": mask.sum(1), "eos": ended}
     if "rubric" in rows[0]:
@@ -825,6 +825,7 @@ if __name__ == "__main__":
     make_trainable(critic, reward_model, args)  # differs from official code: LoRA freezes the value head there
     parameters = trainable(policy=policy, critic=critic)
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
+    rollout = partial(in_chunks, generate, policy, 4 * size, eos=eos, temperature=temperature)  # more rows cost little
     train, validation, held_out = (splits[name] for name in names)
     epochs = range(-(-args.total_episodes // len(train)))  # each a new shuffle of the train split
     order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
@@ -866,12 +867,11 @@ if __name__ == "__main__":
         column = torch.arange(args.response_length, device=device)  # (R,)
         uniforms = uniforms.gather(1, (column + reset_len.unsqueeze(1)).clamp(max=args.response_length - 1))
         budget = args.response_length - reset_len
-        generated_ids = in_chunks(
-            generate, policy, size, *context, uniforms, budget, key=budget, eos=eos, temperature=temperature
-        )
+        generated_ids = rollout(*context, uniforms, budget, key=budget)
         response_ids = splice_response(offline_ids, generated_ids, reset_len)
         response_mask = mask_to_eos(response_ids, eos)  # (B, R), as response_ids
         action_mask = response_mask & (column >= reset_len.unsqueeze(1))  # the policy is not taught on dataset tokens
+        lengths = prompts[1].sum(1) + response_mask.sum(1)  # (B,), sorted by which micro-batches have little padding
         clock.append(time.perf_counter())
 
         # 3 score; log-probs and values under the models as they are before the update
@@ -900,7 +900,7 @@ if __name__ == "__main__":
         orders = [torch.from_numpy(rng.permutation(args.batch_size)).to(device) for _ in range(args.num_ppo_epochs)]
         for minibatch in [part for shuffled in orders for part in shuffled.split(args.minibatch_size)]:
             num_actions, sums = action_mask[minibatch].sum(), Counter()  # differs from official code (drpo.py:874)
-            for micro in minibatch[prompts[1].sum(1)[minibatch].argsort(stable=True)][rank::world].split(size):
+            for micro in minibatch[lengths[minibatch].argsort(stable=True)][rank::world].split(size):
                 mask, part = action_mask[micro], [tensor[micro] for tensor in batch]
                 new_logprobs = token_logprobs(policy, *part, mask, temperature)
                 log_ratio = new_logprobs - logprobs[micro]
@@ -945,8 +945,7 @@ if __name__ == "__main__":
         metrics |= {f"time/{name}": s for name, s in zip(("rollout", "score", "optimise"), np.diff(clock).tolist())}
         metrics["time/tokens_per_second"] = action_mask.sum().item() / metrics["time/rollout"]  # sampled ones
         if peak:
-            tokens = prompts[1].sum() + response_mask.sum()
-            flops = training_flops(body) * tokens + training_flops(head) * action_mask.sum()
+            flops = training_flops(body) * lengths.sum() + training_flops(head) * action_mask.sum()
             metrics["time/mfu"] = flops.item() * args.num_ppo_epochs / (metrics["time/optimise"] * peak * world)
         if update % args.eval_every == 0 or update == num_updates:
             point = evaluate(policy, *frozen, validation[: args.eval_rows], args, device)[1]

@@ -289,12 +289,12 @@ def rubric_score(summary, facts):
 # scores
 def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask):
     """Hidden states (B, R + 1, d): column t has read the prompt and t response tokens. The only place that shifts."""
-    prompt_ids, prompt_mask = trim(prompt_ids, prompt_mask)
-    input_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, P + R)
     mask = torch.cat([prompt_mask, response_mask], dim=1)  # (B, P + R)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = model.base_model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    return output.last_hidden_state[:, prompt_ids.shape[1] - 1 :]
+    order = (~mask).byte().argsort(dim=1, stable=True)[:, : mask.sum(1).max()]  # (B, L): what is real comes first
+    ids = torch.cat([prompt_ids, response_ids], dim=1).gather(1, order)  # note: nothing sees padding on its right
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, L, d)
+    column = torch.arange(-1, response_ids.shape[1], device=mask.device) + prompt_mask.sum(1)[:, None]  # (B, R + 1)
+    return hidden.gather(1, column.clamp(max=ids.shape[1] - 1).unsqueeze(2).expand(-1, -1, hidden.shape[2]))
 
 
 def sequence_scores(reward_model, prompt_ids, prompt_mask, response_ids, response_mask):
@@ -362,12 +362,12 @@ def sum_over_processes(sums, parameters):
 
 @torch.no_grad()
 def in_chunks(function, model, size, *tensors, key=None, **kwargs):
-    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then prompt.
+    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time, sorted by key, then length.
 
     The processes of torchrun share the rows; every one gets the whole result.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    order = tensors[1].sum(1).argsort(stable=True)  # prompts of one length together need little padding
+    order = sum(mask.flatten(1).sum(1) for mask in tensors[:4] if mask.dtype == torch.bool).argsort(stable=True)
     order = order if key is None else order[key[order].argsort(stable=True)]
     mine = order.repeat(world)[: -(-len(order) // world) * world][rank::world]  # equally many for every process
     parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in mine.split(size)]

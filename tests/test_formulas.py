@@ -318,8 +318,8 @@ def test_training_flops_are_those_of_the_matrix_products(policy, batch, frozen):
         ppo.response_states(policy, *tensors).sum().backward()
     names = (torch.ops.aten.mm, torch.ops.aten.addmm)  # attention is bmm or a kernel of its own
     found = sum(counter.get_flop_counts()["Global"].get(name, 0) for name in names)
-    prompt_ids, _, response_ids, _ = tensors
-    assert found == ppo.training_flops(body) * (prompt_ids.numel() + response_ids.numel())
+    rows, longest = len(tensors[0]), (tensors[1].sum(1) + tensors[3].sum(1)).max().item()
+    assert found == ppo.training_flops(body) * rows * longest
 
 
 def test_matmul_rate_is_of_this_machine():
