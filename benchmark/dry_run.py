@@ -203,8 +203,10 @@ def estimate(models, optimizer, args, pairs):
         parts["one micro-batch: activations and logits"] = max(activations)
         parts["or the optimizer's step"] = trained_bytes
     if causal is not None and not pairs:
-        logits = 3 * 4 * size * causal.config.vocab_size  # of one token per row: logits, probabilities, their sums
-        parts["or a rollout: keys, values, logits"] = cache_bytes(causal, size, prompt + response) + logits
+        most = max(getattr(args, "batch_size", 0), getattr(args, "eval_rows", sys.maxsize))
+        rows = min(4 * args.micro_batch_size, most) if learning else size  # judge.py samples micro-batches
+        logits = 3 * 4 * rows * causal.config.vocab_size  # of one token per row: logits, probabilities, their sums
+        parts["or a rollout: keys, values, logits"] = cache_bytes(causal, rows, prompt + response) + logits
     stages = list(parts.values())[3:]
     return parts | {"total": sum(list(parts.values())[:3]) + max(stages)}
 

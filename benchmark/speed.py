@@ -1,14 +1,17 @@
 """Seconds and memory of our scripts, against TRL where it is installed; the same work in turn, several rounds.
 
     python benchmark/speed.py --rounds 5 --trl-python /path/to/venv_with_trl_1.12.0/bin/python
+    python benchmark/speed.py --stop --micro-batch 16 --trl-python ...    # responses end early, batches are taken in parts
     python benchmark/speed.py --sizes tiny --jobs ppo drpo          # ours alone, one size
-    python benchmark/speed.py --profile                             # stages of an update, and the floor of its arithmetic
+    python benchmark/speed.py --profile                             # stages, the floor of their arithmetic, what is in a pass
+    python benchmark/speed.py --tried                               # settings that were tried, and what they give here
     python benchmark/speed.py --growth --rounds 1                   # cost against batch, response length, vocabulary, width
 
 Models are GPT-NeoX with random weights, prompts have 64 tokens, responses 53; 64 episodes an update and 4 epochs for PPO,
 16 pairs for DPO and reward model, float32. Every number comes from the real scripts in processes of their own: seconds
 from their metrics.jsonl (TRL: between the ends of two steps), memory is the process's peak. No response ends early (the
-output weights of EOS forbid it), unless --stop makes about one token in 25 an EOS. The ratio is taken within a round.
+output weights of EOS forbid it), unless --stop makes about one token in 25 an EOS and gives the dataset's responses such
+lengths. Batches are taken whole, on both sides, unless --micro-batch divides them. The ratio is taken within a round.
 """
 
 import argparse
@@ -22,7 +25,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-os.environ |= {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -34,9 +37,10 @@ from transformers import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 SIZES = {"tiny": {"layers": 4, "vocab": 1024}, "14m-like": {"layers": 6, "vocab": 50304}}
 BATCH = {"ppo": 64, "drpo": 64, "dpo": 16, "reward_model": 16}
-TIMES = {"ppo": 1, "drpo": 1, "dpo": 3, "reward_model": 10}  # updates of each for one of PPO
+TIMES = {"ppo": 1, "drpo": 3, "dpo": 3, "reward_model": 10}  # updates of each for one of PPO
 STAGES = {"ppo": ("rollout", "score", "optimise"), "dpo": ("update",), "reward_model": ("update",)}
 STAGES["drpo"] = STAGES["ppo"]
 
@@ -74,16 +78,19 @@ def make(folder, layers, vocab, width=128, rows=512, prompt=64, response=53, sto
     for task, names in columns.items():
         (folder / task).mkdir(parents=True)
         for split, count in (("train", rows), ("validation", 1), ("test", 1)):
-            lines = [
-                {"prompt": text(prompt)} | {name: " " + text(response - 1) for name in names} for _ in range(count)
-            ]
+            lines = []
+            for _ in range(count):
+                lengths = [min(response - 1, rng.geometric(1 / 25)) if stop else response - 1 for _ in names]
+                texts = {name: " " + text(length) for name, length in zip(names, lengths)}
+                lines.append({"prompt": text(prompt)} | texts)
             (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def measure(command, cwd):
+def measure(command, cwd, **environment):
     """-> standard output, peak memory in GiB."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen([str(part) for part in command], cwd=cwd, stdout=out, stderr=err)
+        env = os.environ | environment
+        process = subprocess.Popen([str(part) for part in command], cwd=cwd, env=env, stdout=out, stderr=err)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = status
         for file in (out, err):
@@ -93,7 +100,7 @@ def measure(command, cwd):
         return out.read(), usage.ru_maxrss / 2**20
 
 
-def ours(job, folder, updates, *flags):
+def ours(job, folder, updates, *flags, **environment):
     """One process of ours -> medians without the first update: seconds, also by stage, and sampled tokens; peak GiB."""
     batch, name = BATCH[job], f"{job}_{time.time_ns()}"
     lengths = ("--prompt-length", 64, "--response-length", 53, "--micro-batch-size", batch)
@@ -111,7 +118,7 @@ def ours(job, folder, updates, *flags):
         common += ("--dataset", pairs, "--batch-size", batch, "--num-epochs", 1)
         common += ("--reference-dataset", folder / "reference") if job == "reward_model" else ()
     script = [sys.executable, ROOT / f"{job}.py", "--sft-path", folder / "sft", *common, *flags]
-    _, peak = measure(script, folder)
+    _, peak = measure(script, folder, **environment)
     lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     found = {stage: statistics.median(line[f"time/{stage}"] for line in lines[1:]) for stage in STAGES[job]}
     if job == "dpo":  # TRL's seconds hold its reference forward passes
@@ -122,8 +129,8 @@ def ours(job, folder, updates, *flags):
     return found | {"peak": peak}
 
 
-def theirs(job, folder, updates, python, stop):
-    flags = ("--batch", BATCH[job], "--updates", updates, *(("--stop",) if stop else ()))
+def theirs(job, folder, updates, python, micro_batch, stop):
+    flags = ("--batch", BATCH[job], "--micro-batch", micro_batch, "--updates", updates, *(("--stop",) if stop else ()))
     out, peak = measure([python, ROOT / "benchmark/speed_trl.py", job, folder, *flags], folder)
     return {"seconds": statistics.median(json.loads(out.splitlines()[-1])), "peak": peak}
 
@@ -166,12 +173,12 @@ def compare(args, folder):
     for size in args.sizes:
         make(folder / size, **SIZES[size], stop=args.stop)
         for job in args.jobs:
-            updates = args.updates * TIMES[job]
-            sides = {"ours": partial(ours, job, folder / size, updates)}
+            updates, micro = args.updates * TIMES[job], args.micro_batch or BATCH[job]
+            sides = {"ours": partial(ours, job, folder / size, updates, "--micro-batch-size", micro)}
             if job == "drpo":
-                sides["other"] = partial(ours, "ppo", folder / size, updates)
+                sides["other"] = partial(ours, "ppo", folder / size, updates, "--micro-batch-size", micro)
             elif args.trl_python:
-                sides["other"] = partial(theirs, job, folder / size, updates, args.trl_python, args.stop)
+                sides["other"] = partial(theirs, job, folder / size, updates, args.trl_python, micro, args.stop)
             rounds = []
             for number in range(args.rounds):
                 names = list(sides) if number % 2 == 0 else list(sides)[::-1]
@@ -195,25 +202,139 @@ def compare(args, folder):
         print_table(("size", "whole update", "rollout", "tokens sampled"), resets)
 
 
+def pass_parts(folder, vocab, passes=3, **sizes):
+    """Shares of what one forward and backward pass of ppo.py's policy and critic is made of, by torch's profiler."""
+    policy, critic, batch, mask = load_pass(folder, vocab)
+    one_pass(policy, critic, batch, mask)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        for _ in range(passes):
+            one_pass(policy, critic, batch, mask)
+    seconds = dict.fromkeys(("matrix products", "attention", "log-softmax", "activation", "rest"), 0.0)
+    for event in found.events():
+        within, above = event.name, event.cpu_parent
+        while above:
+            within, above = f"{within} {above.name}", above.cpu_parent
+        if "TokenLogprob" in within:
+            part = "log-softmax"
+        elif event.name in ("aten::mm", "aten::addmm", "aten::bmm"):
+            part = "matrix products"
+        else:
+            part = "attention" if "scaled_dot" in event.name else "activation" if "gelu" in event.name else "rest"
+        seconds[part] += event.self_cpu_time_total / 1e6 / passes
+    return seconds
+
+
+def rollout_parts(folder, vocab, rows=64, prompt=64, response=53, **sizes):
+    """Seconds of what one rollout is made of, by a clock around every call of layers and output head."""
+    import ppo
+
+    policy, _, (prompt_ids, prompt_mask, *_), _ = load_pass(folder, vocab)
+    calls, starts = {"layers": [], "output head": []}, []
+    for name, module in (("layers", policy.base_model), ("output head", policy.get_output_embeddings())):
+        module.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
+        module.register_forward_hook(lambda *_, name=name: calls[name].append(time.perf_counter() - starts.pop()))
+    uniforms, budget = torch.rand(rows, response), torch.full((rows,), response)
+    for _ in range(2):  # the first is warm-up
+        for name in calls:
+            calls[name].clear()
+        start = time.perf_counter()
+        ppo.in_chunks(ppo.generate, policy, rows, prompt_ids, prompt_mask, uniforms, budget, eos=0, temperature=0.7)
+        total = time.perf_counter() - start
+    found = {"reading the prompt": calls["layers"][0], "layers": sum(calls["layers"][1:])}
+    found["output head"] = sum(calls["output head"])
+    return found | {"softmax, sampling, cache": total - sum(found.values())}
+
+
+def load_pass(folder, vocab, rows=64, prompt=64, response=53):
+    """-> policy, critic, prompts and responses without padding, action mask: a batch of ppo.py."""
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as the scripts do
+    policy = AutoModelForCausalLM.from_pretrained(folder / "sft").eval()
+    critic = AutoModelForSequenceClassification.from_pretrained(folder / "reward").eval()
+    ids = [torch.randint(2, vocab, (rows, length)) for length in (prompt, response)]
+    masks = [torch.ones_like(part, dtype=torch.bool) for part in ids]
+    return policy, critic, (ids[0], masks[0], ids[1], masks[1]), masks[1]
+
+
+def one_pass(policy, critic, batch, mask):
+    """-> seconds."""
+    import ppo
+
+    start = time.perf_counter()
+    ppo.token_logprobs(policy, *batch, mask, 0.7).sum().backward()
+    ppo.token_values(critic, *batch).sum().backward()
+    for model in (policy, critic):
+        model.zero_grad()
+    return time.perf_counter() - start
+
+
 def profile(args, folder):
-    """Seconds by stage and the optimise phase against its floor, measured in the same round."""
+    """Parts of a pass and of a rollout; seconds by stage, the optimise phase against its floor in the same round."""
+    for function in (pass_parts, rollout_parts):
+        found = {}
+        for size in args.sizes:
+            if not (folder / size).exists():
+                make(folder / size, **SIZES[size])
+            found[size] = function(folder / size, **SIZES[size])
+        print(f"\n{function.__doc__}")
+        rows = []
+        for part in found[args.sizes[0]]:
+            rows.append([part, *(f"{x[part]:.2f} ({x[part] / sum(x.values()):.0%})" for x in found.values())])
+        print_table(("part", *(f"{size}, s" for size in args.sizes)), rows)
     rows = []
     for size in args.sizes:
-        make(folder / size, **SIZES[size], stop=args.stop)
         for job in ("ppo", "drpo"):
-            found = {name: [] for name in (*STAGES[job], "floor", "ratio")}
+            found = {name: [] for name in (*STAGES[job], "floor", "ratio", "rate")}
             for _ in range(args.rounds):
                 before, _ = floor(**SIZES[size], reset=0.5 if job == "drpo" else 0.0)
-                result = ours(job, folder / size, args.updates)
+                result = ours(job, folder / size, args.updates, "--micro-batch-size", args.micro_batch or BATCH[job])
                 after, rate = floor(**SIZES[size], reset=0.5 if job == "drpo" else 0.0)
-                result["floor"] = (before + after) / 2
+                result |= {"floor": (before + after) / 2, "rate": rate / 1e9}
                 result["ratio"] = result["optimise"] / result["floor"]
                 for name, values in found.items():
                     values.append(result[name])
                 print(f"{size} {job}: {result}", file=sys.stderr, flush=True)
-            rows.append([size, job, *(show(values) for values in found.values()), f"{rate / 1e9:.0f}"])
+            rows.append([size, job, *(show(values, 0 if name == "rate" else 2) for name, values in found.items())])
     titles = ("size", "script", *(f"{stage} s" for stage in STAGES["ppo"]), "floor s", "optimise / floor", "GFLOP/s")
+    print()
     print_table(titles, rows)
+
+
+def tried(args, folder):
+    """Settings that one might expect to help: seconds of an update of ppo.py as a share of those without, in turn."""
+    keep = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**34)}
+    variants = {
+        "as it is": ((), {}),
+        "micro-batches of 32": (("--micro-batch-size", 32), {}),
+        "micro-batches of 16": (("--micro-batch-size", 16), {}),
+        "glibc keeps freed memory": ((), keep),
+        "OMP_WAIT_POLICY=passive": ((), {"OMP_WAIT_POLICY": "passive"}),
+    }
+    rows = []
+    for size in args.sizes:
+        make(folder / size, **SIZES[size])
+        rounds = []
+        for _ in range(args.rounds):
+            sides = {name: ours("ppo", folder / size, args.updates, *f, **e) for name, (f, e) in variants.items()}
+            rounds.append(sides)
+            print(f"{size}: {sides}", file=sys.stderr, flush=True)
+        for name in variants:
+            rows.append(
+                [size, name, show_column(rounds, name, "seconds"), show_ratio(rounds, name, "as it is", "seconds")]
+            )
+        policy, critic, batch, mask = load_pass(folder / size, SIZES[size]["vocab"])
+        times = {"eager": [], "compiled": []}
+        for name, values in times.items():
+            if name == "compiled":
+                for model in (policy, critic):
+                    model.base_model.compile()
+                start = time.perf_counter()
+            one_pass(policy, critic, batch, mask)
+            if name == "compiled":
+                rows.append([size, "torch.compile, once", f"{time.perf_counter() - start:.0f}", "-"])
+            values += [one_pass(policy, critic, batch, mask) for _ in range(2 * args.rounds)]
+        shares = [after / before for before, after in zip(*times.values())]
+        rows.append([size, "torch.compile, one pass", show(times["compiled"]), show(shares)])
+    print_table(("size", "setting", "s", "share"), rows)
 
 
 def growth(args, folder):
@@ -280,8 +401,10 @@ if __name__ == "__main__":
     )
     parser.add_argument("--trl-python", default="", help="python of an environment with trl==1.12.0")
     parser.add_argument("--stop", action="store_true", help="responses end, after 25 tokens on average")
+    parser.add_argument("--micro-batch", type=int, default=0, help="rows or pairs per pass; 0: the whole batch at once")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--tried", action="store_true")
     parser.add_argument("--growth", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        (profile if args.profile else growth if args.growth else compare)(args, Path(folder))
+        (profile if args.profile else growth if args.growth else tried if args.tried else compare)(args, Path(folder))

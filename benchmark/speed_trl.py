@@ -37,6 +37,7 @@ parser.add_argument("folder", type=Path)
 parser.add_argument("--batch", type=int, required=True)
 parser.add_argument("--updates", type=int, required=True)
 parser.add_argument("--response-length", type=int, default=53)
+parser.add_argument("--micro-batch", type=int, required=True)
 parser.add_argument("--stop", action="store_true", help="responses end at EOS")
 args = parser.parse_args()
 logging.set_verbosity_error()
@@ -50,7 +51,9 @@ lines = (args.folder / task / "train.jsonl").read_text().splitlines()
 rows = [json.loads(line) for line in lines][: args.batch * (args.updates + 1)]
 clock = Clock()
 with tempfile.TemporaryDirectory() as out:
-    settings = {"output_dir": out, "per_device_train_batch_size": args.batch, "learning_rate": 3e-6, "use_cpu": True}
+    settings = {"output_dir": out, "learning_rate": 3e-6, "use_cpu": True}
+    settings |= {"per_device_train_batch_size": args.micro_batch}
+    settings |= {"gradient_accumulation_steps": args.batch // args.micro_batch}
     settings |= {"bf16": False, "fp16": False, "gradient_checkpointing": False, "save_strategy": "no", "seed": 1}
     settings |= {"report_to": "none", "disable_tqdm": True}
     if args.trainer == "ppo":
