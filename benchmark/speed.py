@@ -16,6 +16,7 @@ lengths. Batches are taken whole, on both sides, unless --micro-batch divides th
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -84,6 +85,15 @@ def make(folder, layers, vocab, width=128, rows=512, prompt=64, response=53, sto
                 texts = {name: " " + text(length) for name, length in zip(names, lengths)}
                 lines.append({"prompt": text(prompt)} | texts)
             (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def make_apart(*args, **kwargs):
+    """make() in a process of its own: a process's peak memory is at least that of the one that started it."""
+    process = multiprocessing.get_context("spawn").Process(target=make, args=args, kwargs=kwargs)
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        sys.exit("the models could not be made")
 
 
 def measure(command, cwd, **environment):
@@ -171,7 +181,7 @@ def compare(args, folder):
     """Rounds of all jobs, two sides in turn; a table of medians, ranges, ratios, and what resets save."""
     rows, resets = [], []
     for size in args.sizes:
-        make(folder / size, **SIZES[size], stop=args.stop)
+        make_apart(folder / size, **SIZES[size], stop=args.stop)
         for job in args.jobs:
             updates, micro = args.updates * TIMES[job], args.micro_batch or BATCH[job]
             sides = {"ours": partial(ours, job, folder / size, updates, "--micro-batch-size", micro)}
@@ -352,7 +362,7 @@ def growth(args, folder):
         for shape in {tuple(shape.values()): shape for shape in shapes.values()}.values():
             place = folder / "_".join(map(str, shape.values()))
             if number == 0:
-                make(place, 4, shape["vocab"], shape["width"], response=shape["response"])
+                make_apart(place, 4, shape["vocab"], shape["width"], response=shape["response"])
             flags = ("--batch-size", shape["batch"], "--minibatch-size", shape["batch"])
             flags += ("--micro-batch-size", shape["batch"], "--response-length", shape["response"])
             flags += ("--total-episodes", shape["batch"] * (args.updates + 1))
