@@ -30,7 +30,7 @@ if [ -n "${JUDGE_MODEL:-}" ]; then
     --judge-prompt dialogue)
 fi
 
-# supervised policy: 19 GiB
+# supervised policy: 25 GiB
 step sft.py "${train[@]}" --validation-split test --base-model "$base" --output-dir "$models/sft" --run-name hh_sft \
   --num-epochs 1 --batch-size 64
 # reward model: 18 GiB
@@ -42,9 +42,9 @@ step dpo.py "${train[@]}" --validation-split test --sft-path "$models/sft" --out
 rl=("${train[@]}" --validation-split test --eval-split test "${from[@]}" --total-episodes "${EPISODES:-116736}"
   --batch-size 512 --minibatch-size 512 --num-ppo-epochs 4 --gamma 1 --gae-lambda 0.95 --clip-coef 0.2 --vf-coef 0.1
   --kl-coef 0.05 --eval-every 20)
-# PPO: 43 GiB
+# PPO: 46 GiB
 step ppo.py "${rl[@]}" --output-dir "$models/ppo" --run-name hh_ppo
-# DR-PO: 43 GiB
+# DR-PO: 46 GiB
 step drpo.py "${rl[@]}" --output-dir "$models/drpo" --run-name hh_drpo --beta 1
 # the table: 17 GiB
 step judge.py "${common[@]}" --policies "$models/sft" "$models/dpo" "$models/ppo" "$models/drpo" "${from[@]}" \

@@ -40,7 +40,7 @@ if [ -n "${JUDGE_MODEL:-}" ]; then
   judge=(--judge api --api-model "$JUDGE_MODEL" --api-base-url "${JUDGE_URL:-http://localhost:8000/v1}")
 fi
 
-# supervised policy, all weights: 52 GiB
+# supervised policy, all weights: 63 GiB
 step sft.py --dataset "$posts" --base-model "$base" --output-dir "$models/sft" --run-name tldr_sft \
   --num-epochs 1 --batch-size 64 --learning-rate 3e-6 "${post[@]}" "${size[@]}"
 # reward model, all weights: 49 GiB
@@ -53,7 +53,7 @@ step dpo.py --dataset "$pairs" --sft-path "$models/sft" --output-dir "$models/dp
 rl=(--dataset "$posts" "${from[@]}" --total-episodes "${EPISODES:-116736}" --batch-size 512 --minibatch-size 512
   --num-ppo-epochs 4 --learning-rate 3e-6 --gamma 1 --gae-lambda 0.95 --clip-coef 0.2 --vf-coef 0.1 --kl-coef 0.05
   --temperature 0.7 --eval-every 20 "${post[@]}" "${size[@]}" "${lora[@]}")
-# PPO, LoRA on policy and critic: 38 GiB; 70 with LORA_TARGET=all-linear
+# PPO, LoRA on policy and critic: 52 GiB; with LORA_TARGET=all-linear and MICRO_BATCH=8: 71
 step ppo.py --output-dir "$models/ppo" --run-name tldr_ppo "${rl[@]}"
 # DR-PO: as PPO
 step drpo.py --output-dir "$models/drpo" --run-name tldr_drpo --beta 1 "${rl[@]}"
