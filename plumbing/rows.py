@@ -1,11 +1,10 @@
-"""Reads a dataset of any known shape and prints what the scripts train on: one JSON line a row.
+"""Datasets of any known shape, from the hub or from disk, as the rows of text that the scripts train on.
 
-    python data/rows.py Anthropic/hh-rlhf --splits test --columns prompt chosen rejected | head -3
-    python data/rows.py my_pairs.jsonl.gz --splits train --columns prompt completion
+    python -m plumbing.rows Anthropic/hh-rlhf --splits test --columns prompt chosen rejected | head -3
+    python -m plumbing.rows my_pairs.jsonl.gz --splits train --columns prompt completion
 
-The scripts run this in a process of its own, so that none of them has to know that public data comes in many shapes. DATASET
-is a hub name, a folder, or a .json, .jsonl or .parquet file (also .gz), which then serves as every split. Shapes, told by
-the columns of the first row:
+prints them, one JSON line a row. A dataset is a hub name, a folder, or a .json, .jsonl or .parquet file (also .gz), which
+then serves as every split. Shapes, told by the columns of the first row:
 
     prompt + completion                trl-lib/tldr; `label` does for `completion` (CarperAI/openai_summarize_tldr)
     prompt + chosen + rejected         trl-lib/tldr-preference; CarperAI/openai_summarize_comparisons, whose answers begin
@@ -20,7 +19,7 @@ Out come prompt, completion and, for pairs, chosen and rejected, all text, besid
 the completion is the chosen answer. Answers to a prompt that ends in 'TL;DR:' begin with a space. Dropped and counted are
 rows where a needed text is missing, empty or blank, pairs of equal answers where both are asked for, and dialogues whose
 answers follow different prompts or which do not end with the assistant. Everything else that is wrong is one line on
-stderr and exit code 2, no rows left included. With --limit, that many rows of a split are read, or downloaded.
+stderr and exit code 2.
 """
 
 import argparse
@@ -34,16 +33,12 @@ import signal
 import sys
 from collections import Counter
 
+from plumbing import fail, find
+
 ROLES = {"system", "user", "assistant", "tool"}
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of HH's dialogues
 TLDR = "TL;DR:"
 EMPTY = "empty prompt or answer"
-
-
-def fail(message):
-    """Bad input: one line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def broken_line(path):
@@ -229,6 +224,48 @@ def standard_rows(rows, columns, tokenizer, where):
     return kept, dropped
 
 
+def load_rows(dataset, config, splits, columns, tokenizer_path, limit=0):
+    """Split -> list of dicts with text in `columns`, of at most `limit` rows read, all if it is 0.
+
+    tokenizer_path: folder or hub name of the tokenizer whose chat template renders messages. Ends the program at anything
+    wrong, with one line that names the dataset, split, row and column.
+    """
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background job ignores it
+    if ours:
+        signal.signal(signal.SIGINT, interrupted)
+    found = {split: load_split(dataset, config, split, columns, tokenizer_path, limit) for split in splits}
+    if ours:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return found
+
+
+def load_split(dataset, config, split, columns, tokenizer_path, limit):
+    where = f"--dataset {dataset}, split {split!r}"
+    rows, tokenizer = read(find(dataset), config, split, limit), None
+    names = ("prompt", "completion", "label", "chosen", "rejected")
+    if any(isinstance(row.get(name), list) for row in rows for name in names):
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(find(tokenizer_path))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            fail(f"{where} holds messages, and the chat template of {tokenizer_path} cannot be loaded: {reason}")
+    kept, dropped = standard_rows(rows, columns, tokenizer, where)
+    lost = "".join(f", dropped {count}: {reason}" for reason, count in dropped.items())
+    if not kept:
+        fail(f"{where}: no rows{lost}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{dataset}, {split}: {len(kept)} rows of {', '.join(rows[0])}{lost}", file=sys.stderr)
+    return kept
+
+
+def interrupted(*_):
+    """Ctrl-C. It ends the program at once: raised as an exception, the libraries swallow it here and there."""
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset")
@@ -238,37 +275,14 @@ def main():
     parser.add_argument("--tokenizer", default="", help="folder or hub name; its chat template renders messages")
     parser.add_argument("--limit", type=int, default=0, help="rows of each split to read; 0: all")
     args = parser.parse_args()
-    for split in args.splits:
-        where = f"--dataset {args.dataset}, split {split!r}"
-        rows, tokenizer = read(args.dataset, args.config, split, args.limit), None
-        names = ("prompt", "completion", "label", "chosen", "rejected")
-        if any(isinstance(row.get(name), list) for row in rows for name in names):
-            from transformers import AutoTokenizer
-
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-            except (OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                fail(f"{where} holds messages, and the chat template of {args.tokenizer} cannot be loaded: {reason}")
-        kept, dropped = standard_rows(rows, args.columns, tokenizer, where)
-        lost = "".join(f", dropped {count}: {reason}" for reason, count in dropped.items())
-        if not kept:
-            fail(f"{where}: no rows{lost}")
-        print(f"{args.dataset}, {split}: {len(kept)} rows of {', '.join(rows[0])}{lost}", file=sys.stderr)
-        for row in kept:
+    found = load_rows(args.dataset, args.config, args.splits, args.columns, args.tokenizer, args.limit)
+    for split, rows in found.items():
+        for row in rows:
             print(json.dumps({"split": split, "row": row}, default=str))
     sys.stdout.flush()
 
 
-def interrupted(*_):
-    """Ctrl-C. It ends the program at once: raised as an exception, the libraries swallow it here and there."""
-    print("interrupted", file=sys.stderr, flush=True)
-    os._exit(130)
-
-
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job ignores it
-        signal.signal(signal.SIGINT, interrupted)
     try:
         main()
     except BrokenPipeError:  # `| head` has seen enough

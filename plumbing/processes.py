@@ -1,0 +1,106 @@
+"""Several processes of torchrun on one batch: rows are dealt out, results put together, gradients added up.
+
+Alone, without torchrun, every function here does the plain thing. A row's random numbers belong to the row and every mean is
+taken over the whole batch, so the number of processes, like the size of micro-batches, changes rounding and nothing else.
+"""
+
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from plumbing import fail
+from plumbing.flags import flag
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_processes(args, **shared):
+    """-> device; alone, or as one of `torchrun --nproc-per-node N SCRIPT ...`. shared: sizes of what is dealt out evenly."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(timeout=timedelta(seconds=args.process_timeout))  # gloo, and NCCL for tensors on a GPU
+        if rank() > 0:  # rank 0 alone speaks and writes
+            sys.stdout = open(os.devnull, "w")
+    for name, size in shared.items():
+        if size % world():
+            fail(f"{flag(name)} {size} must be a multiple of the {world()} processes")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors, read at the first of them
+    torch.set_autocast_dtype(device.type, torch.bfloat16)
+    torch.set_autocast_cache_enabled(False)  # note: its copies of the weights would outlive an optimizer step
+    torch.set_autocast_enabled(device.type, args.dtype == "bfloat16")
+    return device
+
+
+def barrier(last=False):
+    """Waits for the other processes, if there are any; after the last time each goes its own way."""
+    if dist.is_initialized():
+        dist.barrier()
+        if last:  # else the threads behind it may abort the process as it exits
+            dist.destroy_process_group()
+
+
+def gather(rows):
+    """Every process's rows (n, ...), dealt out in turn -> all of them (n * processes, ...), in order."""
+    if world() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+@torch.no_grad()
+def in_chunks(function, model, size, *tensors, lengths, **kwargs):
+    """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time.
+
+    Rows of like `lengths` (B,) are together, which saves padding; several lengths: the first counts most. The processes
+    share the rows; every one gets the whole result, in the order of the rows.
+    """
+    order = torch.arange(len(tensors[0]), device=tensors[0].device)
+    for length in reversed(lengths if isinstance(lengths, tuple) else (lengths,)):
+        order = order[length[order].argsort(stable=True)]
+    mine = order.repeat(world())[: -(-len(order) // world()) * world()][rank() :: world()]  # equally many for each
+    parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in mine.split(size)]
+    return gather(torch.cat(parts))[order.argsort()]
+
+
+def in_parts(function, rows, size, title):
+    """function(rows) -> tensor, on `size` rows of every process at a time, each part padded to its own longest row."""
+    starts = range(0, len(rows), size * world())
+    progress = tqdm(starts, desc=title, unit="batch", disable=rank() > 0)
+    return torch.cat([function(rows[start : start + size * world()]) for start in progress])
+
+
+def micro_batches(rows, lengths, size):
+    """Numbers of rows (n,) -> this process's share in parts of `size`, rows of like lengths (B,) together."""
+    return rows[lengths[rows].argsort(stable=True)][rank() :: world()].split(size)
+
+
+def sum_over_processes(sums, parameters):
+    """Adds up sums (name -> number) and gradients, in place; those of sharded parameters are sums already."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in parameters.values() if p.grad is not None and not hasattr(p.grad, "full_tensor")]
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64)
+        for tensor in (totals, *gradients):
+            dist.all_reduce(tensor)
+        for name, total in zip(list(sums), totals.tolist()):
+            sums[name] = total
+
+
+def gradient_norm(parameters):
+    """Norm of all gradients as one vector, those of sharded parameters included."""
+    norm = torch.nn.utils.get_total_norm(p.grad for p in parameters.values() if p.grad is not None)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
