@@ -1,0 +1,152 @@
+"""What plumbing/ stands for, as plainly as it can be said: one process, one device, the whole batch at once, nothing to resume.
+
+    python -m plumbing.plain drpo.py > mine.py        # the script as one file that needs nothing else of this repository
+
+The tests run every training script in that form and compare each number it logs: plumbing decides none of them.
+"""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import torch
+import transformers
+import tyro
+from torch.nn.utils.rnn import pad_sequence
+
+from plumbing.rubric import FUNCTION_WORDS, rubric_score  # noqa: F401, plain as they are
+
+
+def fail(message):
+    sys.exit(f"error: {message}")
+
+
+def read_args(Args, may_be_0=""):
+    return SimpleNamespace(**vars(tyro.cli(Args)), dataset_config="", micro_batch_size=64, gradient_checkpointing=False)
+
+
+def load_rows(dataset, config, splits, columns, tokenizer_path):
+    return {split: [json.loads(line) for line in open(os.path.join(dataset, f"{split}.jsonl"))] for split in splits}
+
+
+def encode_rows(rows, tokenizer, args, **columns):
+    for row in rows:
+        row["prompt_ids"] = tokenizer(row["prompt"])["input_ids"][-args.prompt_length :]
+        for name, column in columns.items():
+            ids = tokenizer(row[column], add_special_tokens=False)["input_ids"]
+            row[name] = [*ids, tokenizer.eos_token_id][: args.response_length]
+
+
+def pad(rows, side, device):
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side)
+    mask = pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True, padding_side=side)
+    return ids.to(device), mask.bool().to(device)
+
+
+def trim(ids, mask):
+    return ids, mask
+
+
+def build_missing(*wanted):
+    pass
+
+
+def load(auto_class, path):
+    return auto_class.from_pretrained(path)
+
+
+def load_model(auto_class, path, tokenizer, args, device, may_be_empty=False, **config):
+    if may_be_empty and not os.path.exists(os.path.join(path, "model.safetensors")):
+        torch.manual_seed(args.seed)
+        return auto_class.from_config(transformers.AutoConfig.from_pretrained(path)).eval().to(device)
+    return auto_class.from_pretrained(path, dtype=torch.float32, **config).eval().to(device)
+
+
+def make_trainable(model, frozen, args):
+    return model
+
+
+def trainable(**models):
+    return {f"{kind}.{name}": p for kind, model in models.items() for name, p in model.named_parameters()}
+
+
+def selected_logprobs(head, hidden, tokens, temperature):
+    return (head(hidden) / temperature).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def save_model(path, model, tokenizer):
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def start_processes(args, **shared):
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def in_chunks(function, model, size, *tensors, lengths, **kwargs):
+    return function(model, *tensors, **kwargs)
+
+
+def in_parts(function, rows, size, title):
+    return function(rows)
+
+
+def micro_batches(rows, lengths, size):
+    return [rows]
+
+
+def sum_over_processes(sums, parameters):
+    pass
+
+
+def gradient_norm(parameters):
+    return torch.stack([p.grad.pow(2).sum() for p in parameters.values() if p.grad is not None]).sum().sqrt()
+
+
+def forward_pass(function):
+    return function
+
+
+forward_passes = forward_pass
+
+
+@torch.no_grad()
+def fill(parameter, tensor):
+    parameter.copy_(tensor)
+
+
+def training_flops(policy, critic, tokens, actions):
+    return 0
+
+
+class Run:
+    def __init__(self, args):
+        self.history, self.state = [], {}
+
+    def open(self, parameters, optimizer):
+        pass
+
+    def updates(self, count):
+        for update in range(1, count + 1):
+            self.update = update
+            yield update
+
+    def lap(self, name, tokens=0, flops=0):
+        pass
+
+    def check_finite(self, rows, **found):
+        assert all(torch.as_tensor(x).isfinite().all() for x in found.values()), f"update {self.update}: not finite"
+
+    def log(self, metrics, **shown):
+        print(json.dumps({"update": self.update} | {name: float(x) for name, x in metrics.items()}))
+
+    def finish(self, results, caption):
+        print(f"\n{caption}\n{json.dumps(results, indent=2)}")
+
+
+if __name__ == "__main__":
+    from plumbing.one_file import one_file
+
+    print(one_file(sys.argv[1]), end="")
