@@ -50,18 +50,18 @@ class Args:
     """split to train on"""
     validation_split: str = "validation"
     """split to watch in training"""
-    sft_path: str = "models/sft"
-    """folder or hub name of the supervised policy (pi_SFT): start and KL anchor; the default is trained if missing"""
-    reward_path: str = "models/reward"
-    """folder or hub name of the reward model; the default belongs to models/sft and is trained if missing"""
-    output_dir: str = "models/drpo"
-    """folder for the final model; a folder already there is kept under a numbered name"""
     eval_split: str = "test"
     """split for the final table; the picture uses `validation`"""
     eval_every: int = 5
     """updates between two evaluations on the validation split"""
     eval_rows: int = 128
     """validation rows per evaluation"""
+    sft_path: str = "models/sft"
+    """folder or hub name of the supervised policy (pi_SFT): start and KL anchor; the default is trained if missing"""
+    reward_path: str = "models/reward"
+    """folder or hub name of the reward model; the default belongs to models/sft and is trained if missing"""
+    output_dir: str = "models/drpo"
+    """folder for the final model; a folder already there is kept under a numbered name"""
     total_episodes: int = 5120
     """responses to sample in the whole run"""
     batch_size: int = 64

@@ -52,21 +52,16 @@ class Run:
         """Takes the folder; with --resume goes back to its last whole checkpoint, and `done` updates need not be done again."""
         self.parameters, self.optimizer = parameters, optimizer
         optimizer.register_step_post_hook(lambda *_: setattr(self, "stepped", True))
-        if rank() == 0:  # it alone writes, then the others read
+        found = [None]
+        if rank() == 0:  # it alone writes and chooses, all read
             self.claim()
-        else:
-            barrier()
-        for path in reversed(self.checkpoints()) if self.args.resume else ():
-            with open(path, "rb") as file:
-                whole_file = hashlib.file_digest(file, "sha256").hexdigest() in path
-            if whole_file:
-                self.restore(torch.load(path, map_location="cpu", weights_only=True, mmap=self.args.shard))
-                break
-            print(f"note: {path} is damaged, now {path}.damaged")
-            os.rename(path, f"{path}.damaged")
+            found = [self.newest_checkpoint()]
+        if dist.is_initialized():
+            dist.broadcast_object_list(found)
+        if found[0]:
+            self.restore(torch.load(found[0], map_location="cpu", weights_only=True, mmap=self.args.shard))
         if rank() == 0:
             self.cut_metrics()
-            barrier()
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -104,6 +99,15 @@ class Run:
         names = sorted(name for name in os.listdir(self.dir) if re.fullmatch(r"checkpoint_\d+_\w+\.pt", name))
         return [self.path(name) for name in names]
 
+    def newest_checkpoint(self):
+        """Path of the last whole checkpoint, None if there is none; damaged ones are put aside."""
+        for path in reversed(self.checkpoints()):
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() in path:
+                    return path
+            print(f"note: {path} is damaged, now {path}.damaged")
+            os.rename(path, f"{path}.damaged")
+
     def restore(self, saved):
         """Parameters, optimizer and the rest as they were saved, split again where they are sharded now."""
         self.done, self.history, self.state = saved["update"], saved["history"], saved["state"]
@@ -117,10 +121,10 @@ class Run:
     def save(self, update):
         """A checkpoint with its checksum in its name; the newest --keep-checkpoints stay. Sharded, all processes take part."""
         path = self.path(f"checkpoint_{update:08d}")
-        known = [any(name.startswith(path) for name in self.checkpoints())]
+        known = [rank() > 0 or any(name.startswith(path) for name in self.checkpoints())]
         if self.args.shard:
             dist.broadcast_object_list(known)
-        if known[0] or (rank() > 0 and not self.args.shard):
+        if known[0]:
             return
         optimizer = self.optimizer.state_dict()
         moments = {number: {name: whole(x) for name, x in own.items()} for number, own in optimizer["state"].items()}
