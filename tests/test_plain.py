@@ -16,6 +16,8 @@ from conftest import ROOT, read_metrics, run_here
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from plumbing.one_file import one_file
+
 PAIRS = ("--num-epochs", 1, "--batch-size", 64)
 STEPS = ("--total-episodes", 48, "--batch-size", 16, "--minibatch-size", 8, "--num-ppo-epochs", 2)
 STEPS += ("--eval-every", 2, "--eval-rows", 9)
@@ -34,11 +36,8 @@ def flags_of(script, models):
 
 def written(script, folder):
     """The one-file copy, in a folder that holds nothing else."""
-    command = [sys.executable, "-m", "plumbing.plain", script]
     folder.mkdir()
-    (folder / "mine.py").write_text(
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    )
+    (folder / "mine.py").write_text(one_file(str(ROOT / script)))
     return folder / "mine.py"
 
 
@@ -101,6 +100,9 @@ def test_a_copy_is_a_readable_file(script, tmp_path):
         assert done.returncode == 0, done.stdout
 
 
-def test_readme_knows_the_size_of_a_copy(tmp_path):
-    lines = len(written("drpo.py", tmp_path / "empty").read_text().splitlines())
+def test_the_command_writes_the_copy():
+    command = [sys.executable, "-m", "plumbing.plain", "drpo.py"]
+    stdout = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert stdout == one_file(str(ROOT / "drpo.py"))
+    lines = len(stdout.splitlines())
     assert f"or {lines} lines that need nothing else" in (ROOT / "README.md").read_text()
