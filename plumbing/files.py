@@ -1,6 +1,5 @@
 """Files that are whole or not there."""
 
-import json
 import os
 from contextlib import contextmanager
 
@@ -31,7 +30,3 @@ def write_text(path, text):
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(f"{path}.tmp", path)
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2))

@@ -65,20 +65,21 @@ def parse(Args, common, saved):
     return SimpleNamespace(**vars(found.algorithm), **vars(found.run))
 
 
-def read_args(Args, may_be_0="", common=RunArgs):
+def read_args(Args, may_be_0="", trains=True):
     """The command line, checked; with --resume the flags of that run, of which few may be given another value.
 
-    Numbers must be above 0, those named in may_be_0 at least 0; missing_eos_score alone may be negative.
+    trains: with the flags of a run that can be resumed, sharded, adapted. Numbers must be above 0, those named in may_be_0 at least 0; missing_eos_score alone may be negative.
     """
+    common = RunArgs if trains else MachineArgs
     args = parse(Args, common, {})
-    if getattr(args, "resume", ""):
+    if trains and args.resume:
         args = resumed(Args, common, args)
     may_be_0 = {"seed", "lora_rank", *may_be_0.split()}
     for name, value in vars(args).items():
         number = type(value) in (int, float) and name != "missing_eos_score"
         if number and not (value > 0 or (value == 0 and name in may_be_0)):
             fail(f"{flag(name)} {value} must be {'at least' if name in may_be_0 else 'above'} 0")
-    if getattr(args, "shard", False) and ("RANK" not in os.environ or args.lora_rank):
+    if trains and args.shard and ("RANK" not in os.environ or args.lora_rank):
         fail("--shard runs under torchrun (torchrun --nproc-per-node N SCRIPT --shard ...) and without --lora-rank")
     return args
 

@@ -39,22 +39,29 @@ def load_model(auto_class, path, tokenizer, args, device, may_be_empty=False, **
         model = auto_class.from_config(load(AutoConfig, path), dtype=torch.float32)
     else:
         model = load(auto_class, path, dtype=torch.float32, use_safetensors=True, **config)
-    check_size(model, path, tokenizer, args.prompt_length + args.response_length)
-    if folder != tokenizer.name_or_path and load(AutoTokenizer, path).get_vocab() != tokenizer.get_vocab():
-        fail(f"{path} has another vocabulary than {tokenizer.name_or_path}")
-    if "SequenceClassification" in auto_class.__name__ and model.config.num_labels != 1:
-        fail(f"{path} is no reward model: it must have exactly one output")
+    check_fit(model, path, tokenizer, args.prompt_length + args.response_length)
     model = shard(model) if getattr(args, "shard", False) else model.to(device)  # judge.py has no --shard
     return model.eval()
 
 
-def check_size(model, path, tokenizer, length):
-    """Ends the program if the model has too few embeddings for the tokenizer or too few positions for `length` tokens."""
+def check_model(auto_class, path, tokenizer, length):
+    """As load_model checks, before there is time or memory for the weights."""
+    with torch.device("meta"):  # shapes alone
+        check_fit(auto_class.from_config(load(AutoConfig, path)), path, tokenizer, length)
+
+
+def check_fit(model, path, tokenizer, length):
+    """Ends the program if the model does not fit the tokenizer, `length` tokens or, with a scalar head, its role."""
     rows, positions = model.get_input_embeddings().num_embeddings, getattr(model.config, "max_position_embeddings", 0)
     if rows < len(tokenizer):
         fail(f"{path}: the embedding has {rows} rows, the tokenizer {len(tokenizer)} tokens; take its own tokenizer")
     if positions and positions < length:
         fail(f"{path} has {positions} positions; --prompt-length and --response-length add up to {length}")
+    if find(path) != tokenizer.name_or_path and load(AutoTokenizer, path).get_vocab() != tokenizer.get_vocab():
+        fail(f"{path} has another vocabulary than {tokenizer.name_or_path}")
+    scalar = "SequenceClassification" in type(model).__name__
+    if scalar and (model.config.num_labels != 1 or not hasattr(model, "score")):
+        fail(f"{path} is no reward model of a decoder: it must have exactly one output, named score")
 
 
 def build_missing(*wanted):

@@ -53,6 +53,14 @@ def barrier(last=False):
             dist.destroy_process_group()
 
 
+def go_on_alone():
+    """What follows takes one process: the others end here."""
+    others = rank() > 0
+    barrier(last=True)
+    if others:
+        sys.exit()
+
+
 def gather(rows):
     """Every process's rows (n, ...), dealt out in turn -> all of them (n * processes, ...), in order."""
     if world() == 1:
@@ -78,10 +86,11 @@ def in_chunks(function, model, size, *tensors, lengths, **kwargs):
 
 
 def in_parts(function, rows, size, title):
-    """function(rows) -> tensor, on `size` rows of every process at a time, each part padded to its own longest row."""
+    """function(rows) -> tensor or list, on `size` rows of every process at a time, each part padded to its longest row."""
     starts = range(0, len(rows), size * world())
     progress = tqdm(starts, desc=title, unit="batch", disable=rank() > 0)
-    return torch.cat([function(rows[start : start + size * world()]) for start in progress])
+    parts = [function(rows[start : start + size * world()]) for start in progress]
+    return torch.cat(parts) if torch.is_tensor(parts[0]) else sum(parts, [])
 
 
 def micro_batches(rows, lengths, size):

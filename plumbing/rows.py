@@ -62,6 +62,7 @@ def read(dataset, config, split, limit):
     import datasets  # here, because it takes a second
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a README without a header is no news
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # they raise what they log
 
     ending = os.path.splitext(dataset.removesuffix(".gz"))[1]
     if os.path.isfile(dataset) and ending not in (".jsonl", ".json", ".parquet"):
@@ -233,10 +234,11 @@ def load_rows(dataset, config, splits, columns, tokenizer_path, limit=0):
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background job ignores it
     if ours:
         signal.signal(signal.SIGINT, interrupted)
-    found = {split: load_split(dataset, config, split, columns, tokenizer_path, limit) for split in splits}
-    if ours:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    return found
+    try:
+        return {split: load_split(dataset, config, split, columns, tokenizer_path, limit) for split in splits}
+    finally:  # also where bad data ends a cell of a notebook and not the process
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def load_split(dataset, config, split, columns, tokenizer_path, limit):

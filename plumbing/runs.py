@@ -20,7 +20,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from plumbing import fail
-from plumbing.files import write_json, write_text, writing
+from plumbing.files import write_text, writing
 from plumbing.processes import barrier, rank, sum_over_processes, world
 from plumbing.sharding import fill, split_like, whole
 from plumbing.speed import matmul_rate
@@ -34,13 +34,13 @@ class Run:
     """
 
     def __init__(self, args):
-        script = os.path.basename(sys.argv[0])
-        name = [args.resume or args.run_name or f"{script.removesuffix('.py')}__{args.seed}__{int(time.time())}"]
+        script, self.resume = os.path.basename(sys.argv[0]), getattr(args, "resume", "")  # judge.py has none
+        name = [self.resume or args.run_name or f"{script.removesuffix('.py')}__{args.seed}__{int(time.time())}"]
         if dist.is_initialized():
             dist.broadcast_object_list(name)  # it may hold the time
         self.args, self.script, self.name = args, script, name[0]
         self.dir = os.path.join("runs", self.name)
-        if os.path.exists(self.dir) and not args.resume and rank() == 0:
+        if os.path.exists(self.dir) and not self.resume and rank() == 0:
             fail(f"--run-name {self.name}: {self.dir} already exists, choose another name")
         self.done, self.history, self.state = 0, [], {}
 
@@ -70,20 +70,28 @@ class Run:
 
     def claim(self):
         """Takes the name for this process, as long as it lives; what a killed one left half-written goes."""
-        folder = self.dir if self.args.resume else f"{self.dir}.tmp"
+        folder = self.dir if self.resume else f"{self.dir}.tmp"
         with writing(f"in {self.dir}, where another process may be at work"):
             parent, name = os.path.split(self.dir)
             os.makedirs(parent, exist_ok=True)
             self.lock = FileLock(os.path.join(parent, f".{name}.lock"))  # beside it: a folder in use cannot be renamed
             self.lock.acquire(timeout=0)
-            if not self.args.resume:
+            if not self.resume:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.makedirs(folder)
             for path in [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".tmp")]:
                 (shutil.rmtree if os.path.isdir(path) else os.remove)(path)
-            write_json(os.path.join(folder, "args.json"), {"script": self.script} | vars(self.args))
-            if not self.args.resume:
+            arguments = {"script": self.script} | vars(self.args)
+            write_text(os.path.join(folder, "args.json"), json.dumps(arguments, indent=2))
+            if not self.resume:
                 os.rename(folder, self.dir)  # fails where another run has the name by now
+
+    def keep(self, files):
+        """Texts for the folder, name -> text; a script without updates takes the folder with them."""
+        if not os.path.exists(self.dir):
+            self.claim()
+        for name, text in files.items():
+            write_text(self.path(name), text)
 
     def cut_metrics(self):
         """Leaves the lines of metrics.jsonl, one an update, up to the checkpoint; those after it will come again."""
@@ -130,7 +138,7 @@ class Run:
         moments = {number: {name: whole(x) for name, x in own.items()} for number, own in optimizer["state"].items()}
         saved = {"update": update, "history": self.history, "state": self.state}
         saved["optimizer"] = optimizer | {"state": moments}
-        saved["parameters"] = {name: whole(parameter) for name, parameter in self.parameters.items()}
+        saved["parameters"] = {name: whole(parameter.detach()) for name, parameter in self.parameters.items()}
         if rank() > 0:
             return
         with writing(path):
@@ -167,9 +175,9 @@ class Run:
             if update % self.args.save_every == 0 or update == count or stop["signals"]:
                 self.save(update)
             if stop["signals"]:
-                barrier(last=True)
-                message = f"stopped after update {update} of {count}; to go on: --resume {self.name}"
-                sys.exit(message if rank() == 0 else 1)
+                end = f"stopped after update {update} of {count}; to go on: --resume {self.name}" if rank() == 0 else 1
+                barrier(last=True)  # after it there are no ranks
+                sys.exit(end)
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)  # nothing left to finish
 
@@ -217,10 +225,14 @@ class Run:
     def finish(self, results, caption):
         """result.json and the same as a table, name -> numbers; a picture of the history, if there is any; farewell."""
         if rank() == 0:
-            write_json(self.path("result.json"), results)
+            self.keep({"result.json": json.dumps(results, indent=2)})
             plot(self.history, self.path("run.png"))
         print_table(results, caption)
         print(f"\nfinal model: {self.args.output_dir}   metrics, arguments, results: {self.dir}")
+        if rank() == 0:  # in a notebook the process lives on
+            self.lock.release()
+            if self.writer:
+                self.writer.close()
         barrier(last=True)
 
 

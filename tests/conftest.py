@@ -1,11 +1,16 @@
 """What the tests share: the environment, two random models, and a small chain of real runs (SFT, then reward model)."""
 
+import gc
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 # before torch is imported; one thread on the CPU, because exact equality of two runs is asked for
 os.environ |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -25,6 +30,61 @@ def run_script(name, *flags, cwd, check=True):
     command = [sys.executable, str(ROOT / name), *(str(flag) for flag in flags)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert not check or done.returncode == 0, f"{name} {flags} ended with {done.returncode}:\n{done.stderr[-3000:]}"
+    return done
+
+
+@contextmanager
+def torch_as_it_was():
+    """Undoes what a script sets for its whole process: autocast, and the state of the random generator."""
+    autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
+    generator = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cpu", autocast[0])
+        torch.set_autocast_dtype("cpu", autocast[1])
+        torch.set_autocast_cache_enabled(autocast[2])
+        torch.set_rng_state(generator)
+
+
+@contextmanager
+def signals_as_they_were():
+    """A script takes Ctrl-C and SIGTERM for itself; pytest wants its own back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run_here(name, *flags, cwd, check=True):
+    """As run_script, in this process: about a second instead of five, and the same numbers (test_runs.py).
+
+    name: of a script of the repository, or the path of another. -> .stdout, .stderr and .returncode. What the program
+    prints past Python, such as the note after a signal, is not captured; an exception that it lets through comes here.
+    """
+    script, out, err = ModuleType("__main__"), io.StringIO(), io.StringIO()
+    script.__file__ = str(ROOT / name)  # there and in the text below it tyro looks for what the flags mean
+    command = [script.__file__, *(str(flag) for flag in flags)]
+    code = None
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ), torch_as_it_was(), signals_as_they_were():
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", command)
+        patch.setitem(sys.modules, "__main__", script)
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                exec(compile((ROOT / name).read_text(encoding="utf-8"), script.__file__, "exec"), vars(script))
+        except SystemExit as end:
+            code = end.code
+        finally:
+            vars(script).clear()  # caches hold on to Args and so to all of them; but locks and models must go now,
+            gc.collect()  # as they would with a process
+    if isinstance(code, str):  # sys.exit of a message
+        print(code, file=err)
+        code = 1
+    done = SimpleNamespace(args=command, stdout=out.getvalue(), stderr=err.getvalue(), returncode=code or 0)
+    assert not check or done.returncode == 0, f"{name} {flags} ended with {code}:\n{done.stderr[-3000:]}"
     return done
 
 
@@ -73,6 +133,7 @@ def models(tmp_path_factory):
         sft=sft,
         reward=reward,
         flags=flags,
+        steps=steps,
         sft_run=sft_run,
         reward_run=reward_run,
     )

@@ -1,19 +1,19 @@
 """LoRA and recomputed activations: what is trained, what is stored once, what is saved."""
 
 import copy
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics, run_script
+from conftest import ROOT, read_metrics, run_here
 from peft import PeftModel
 from test_architectures import CONFIGS, random_model
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo
+from plumbing.models import make_trainable, save_model
 
 OFF = {"seed": 1, "gradient_checkpointing": False, "lora_rank": 0, "lora_alpha": 8.0, "lora_target": "all-linear"}
 SEQ = AutoModelForSequenceClassification
@@ -44,7 +44,7 @@ def outputs(model, auto_class):
 def test_adapters(auto_class, architecture, tmp_path):
     model, frozen, args = pair(auto_class, architecture, lora_rank=3)
     before = outputs(frozen, auto_class).detach()
-    trained = ppo.make_trainable(model, frozen, args)
+    trained = make_trainable(model, frozen, args)
     assert outputs(model, auto_class).detach().equal(before)  # adapters start without effect
 
     # the weights are those of the frozen model, not copies
@@ -68,7 +68,7 @@ def test_adapters(auto_class, architecture, tmp_path):
     # on disk: merged weights that any loader reads, and the adapter, which gives the same on the base weights
     after = outputs(model, auto_class).detach()
     assert not torch.allclose(after, before, atol=1e-3)
-    ppo.save_folder(str(tmp_path / "out"), trained)
+    save_model(str(tmp_path / "out"), trained, AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia"))
     merged = auto_class.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()
     assert_close(outputs(merged, auto_class), after, rtol=0, atol=1e-9)
     assert_close(outputs(model, auto_class), after, rtol=0, atol=1e-9)  # evaluated after it was saved
@@ -83,7 +83,7 @@ def test_recomputed_activations_give_the_same_gradients(auto_class, architecture
     gradients, layers = [], []
     for recompute in (False, True):
         model, frozen, args = pair(auto_class, architecture, gradient_checkpointing=recompute)
-        assert ppo.make_trainable(model, frozen, args) is model
+        assert make_trainable(model, frozen, args) is model
         calls = []
         norm = model.base_model.get_submodule(NORMS[architecture])
         norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
@@ -102,7 +102,7 @@ NORMS |= dict.fromkeys(("llama", "qwen3"), "layers.1.input_layernorm")
 
 def test_a_rollout_with_recomputation_still_uses_the_cache():
     model, frozen, args = pair(AutoModelForCausalLM, "llama", gradient_checkpointing=True)
-    ppo.make_trainable(model, frozen, args)
+    make_trainable(model, frozen, args)
     lengths = []
     model.base_model.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
     prompts, uniforms = (
@@ -117,14 +117,14 @@ def test_a_rollout_with_recomputation_still_uses_the_cache():
 
 @pytest.mark.parametrize("name", ("sft", "reward_model", "dpo", "ppo", "drpo"))
 def test_every_script_trains_adapters(name, models, tmp_path):
-    pairs, steps = ("--dataset", models.preference, "--sft-path", models.sft), ("--num-epochs", 2, "--batch-size", 16)
+    pairs, steps = ("--dataset", models.preference, "--sft-path", models.sft), ("--num-epochs", 1, "--batch-size", 64)
     rl = ("--total-episodes", 48, "--batch-size", 16, "--minibatch-size", 16, "--eval-every", 3, "--eval-rows", 32)
     flags = {
         "sft": ("--dataset", models.reference, "--base-model", models.sft, *steps),
         "reward_model": (*pairs, *steps, "--reference-dataset", models.reference),
         "dpo": (*pairs, *steps),
     }.get(name, (*models.flags, *rl))
-    run_script(f"{name}.py", *flags, *LORA, "--output-dir", "out", "--run-name", "run", cwd=tmp_path)
+    run_here(f"{name}.py", *flags, *LORA, "--output-dir", "out", "--run-name", "run", cwd=tmp_path)
     metrics = read_metrics(tmp_path / "runs/run")
     if name in ("ppo", "drpo"):
         assert metrics[0]["policy/first_ratio_error"] < 1e-6 and metrics[0]["objective/kl"] == 0
@@ -138,12 +138,8 @@ def test_every_script_trains_adapters(name, models, tmp_path):
     assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()
 
 
-def test_without_peft_the_error_says_what_to_install(models, tmp_path):
-    (tmp_path / "peft.py").write_text("raise ImportError")
-    code = (
-        "import runpy, sys; sys.path.insert(0, '.'); del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", code, ROOT / "ppo.py", *models.flags, "--lora-rank", 4]
-    done = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and "pip install peft" in done.stderr and "Traceback" not in done.stderr
+def test_without_peft_the_error_says_what_to_install(models, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # which makes its import fail
+    done = run_here("ppo.py", *models.flags, "--lora-rank", 4, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and done.stderr.endswith("error: --lora-rank needs peft: pip install peft\n")
     assert not (tmp_path / "runs").exists()

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_metrics, run_script, write_dataset
+from conftest import ROOT, read_metrics, run_here, write_dataset
 from tokenizers.processors import TemplateProcessing
 from torch.testing import assert_close
 from transformers import (
@@ -20,7 +20,7 @@ from transformers import (
 
 import dpo
 import ppo
-import sft
+from plumbing.tokens import encode, pad
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = SIZES | {"intermediate_size": 64, "max_position_embeddings": 256, "num_key_value_heads": 2}
@@ -32,8 +32,8 @@ CONFIGS = {
 }
 QUIRKS = ("own_pad", "no_pad", "pad_is_eos", "bos")
 PAIRS = [(architecture, quirk) for architecture in CONFIGS for quirk in QUIRKS]
-DIAGONAL = set(zip(CONFIGS, QUIRKS))  # one quirk for each architecture in every run of the tests, the others when slow
-CASES = [pytest.param(*pair, marks=() if pair in DIAGONAL else pytest.mark.slow, id="-".join(pair)) for pair in PAIRS]
+FAST = [("qwen3", "bos")]  # the one least like the embedded task's in every run of the tests, the others when slow
+CASES = [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow, id="-".join(pair)) for pair in PAIRS]
 
 
 def quirky_tokenizer(quirk):
@@ -78,21 +78,21 @@ def test_two_steps_of_every_script(architecture, quirk, tmp_path):
     data, pairs = ("--dataset", reference), ("--dataset", preference)
     models = ("--sft-path", "sft", "--reward-path", "reward")
     two = ("--batch-size", 16, "--num-epochs", 1)
-    run_script(*("sft.py", *data, *two, "--base-model", base), *named("sft"), cwd=tmp_path)
-    run_script(
+    run_here(*("sft.py", *data, *two, "--base-model", base), *named("sft"), cwd=tmp_path)
+    run_here(
         *("reward_model.py", *pairs, *two, "--reference-dataset", reference, "--sft-path", "sft"),
         *named("reward"),
         cwd=tmp_path,
     )
-    run_script("dpo.py", *pairs, *two, "--sft-path", "sft", *named("dpo"), cwd=tmp_path)
+    run_here("dpo.py", *pairs, *two, "--sft-path", "sft", *named("dpo"), cwd=tmp_path)
     for name in ("ppo", "drpo"):
         steps = ("--total-episodes", 32, "--batch-size", 16, "--minibatch-size", 16, "--eval-every", 2)
-        run_script(f"{name}.py", *data, *models, *steps, *named(name), cwd=tmp_path)
+        run_here(f"{name}.py", *data, *models, *steps, *named(name), cwd=tmp_path)
         first, *_ = metrics = read_metrics(tmp_path / "runs" / name)
         assert len(metrics) == 2 and all(np.isfinite(list(line.values())).all() for line in metrics)
         assert first["policy/first_ratio_error"] < 1e-5  # the rollout sees what the update sees
     policies = ("--policies", "sft", "dpo", "ppo", "drpo")
-    run_script("judge.py", *data, *policies, *models, "--run-name", "judge", cwd=tmp_path)
+    run_here("judge.py", *data, *policies, *models, "--run-name", "judge", cwd=tmp_path)
     assert set(json.loads((tmp_path / "runs/judge/result.json").read_text())) == set(policies[1:])
 
 
@@ -104,8 +104,8 @@ def test_every_response_ends_with_a_real_eos_target():
     for quirk in QUIRKS:  # a pad token equal to EOS must not hide it from the loss
         tokenizer = quirky_tokenizer(quirk)
         eos = tokenizer.eos_token_id
-        rows = sft.encode(tokenizer, [" i feel sad", " my boss"], "responses", 32)
-        ids, mask = sft.pad(rows, "right", "cpu")
+        rows = encode(tokenizer, [" i feel sad", " my boss"], "responses", 32)
+        ids, mask = pad(rows, "right", "cpu")
         assert [row[length - 1].item() for row, length in zip(ids, mask.sum(1))] == [eos, eos]
         assert mask.sum(1).tolist() == [len(row) for row in rows]
         assert tokenizer.bos_token_id is None or tokenizer.bos_token_id not in ids

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import read_metrics, read_rows, run_script
+from conftest import read_metrics, read_rows, run_here, run_script
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo
 import ppo
 import reward_model
+from plumbing.tokens import encode
 
 UPDATES = 4
 SHORT = ("--batch-size", 64, "--eval-every", 3)  # of 256 pairs
@@ -90,7 +91,7 @@ def random_pair_batch(count=5):
 @pytest.mark.parametrize("share", [True, False])
 def test_pair_logprobs_against_unpadded_rows(policy, share):
     rows, batch = random_pair_batch()
-    found = dpo.in_chunks(dpo.pair_logprobs, policy, 2, *batch, share=share)
+    found = dpo.in_chunks(dpo.pair_logprobs, policy, 2, *batch, lengths=batch[1].sum(1), share=share)
     expected = [[slow_logprob(policy, p, c), slow_logprob(policy, p, r)] for p, c, r in zip(*rows)]
     assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-5)
 
@@ -119,19 +120,19 @@ def test_a_shared_prompt_gets_the_gradient_of_both_responses(policy):
 
 @pytest.fixture(scope="module")
 def runs(models):
-    """Every run that the tests compare, made once."""
+    """Every run that the tests compare, made once: the first as its users start it, the others in this process."""
 
-    def run(name, *flags):
+    def run(name, *flags, start=run_here):
         output = models.folder / f"dpo_{name}"
         command = ("--dataset", models.preference, "--sft-path", models.sft, *SHORT, "--output-dir", output)
-        done = run_script("dpo.py", *command, "--run-name", f"dpo_{name}", *flags, cwd=models.folder)
+        done = start("dpo.py", *command, "--run-name", f"dpo_{name}", *flags, cwd=models.folder)
         run_dir = models.folder / "runs" / f"dpo_{name}"
         result = json.loads((run_dir / "result.json").read_text())
         metrics = read_metrics(run_dir)
         return SimpleNamespace(dir=run_dir, output=output, stdout=done.stdout, metrics=metrics, result=result)
 
     return SimpleNamespace(
-        first=run("first"),
+        first=run("first", start=run_script),
         again=run("again"),
         other_seed=run("other_seed", "--seed", 2),
         micro=run("micro", "--micro-batch-size", 7),
@@ -149,7 +150,8 @@ def test_the_run_folder(runs):
         [dpo.Args.learning_rate * x / 4 for x in (4, 3, 2, 1)]
     )
     assert set(runs.first.result) == {"before", "after"}
-    assert {f"eval/{name}": x for name, x in runs.first.result["after"].items()}.items() <= metrics[-1].items()
+    last = {"epoch" if name == "epoch" else f"eval/{name}": x for name, x in runs.first.result["after"].items()}
+    assert last.items() <= metrics[-1].items() and runs.first.result["before"]["epoch"] == 0
     saved = json.loads((runs.first.dir / "args.json").read_text())
     assert saved["batch_size"] == 64 and saved["beta"] == 0.05
 
@@ -178,8 +180,8 @@ def test_precomputed_reference_logprobs_equal_on_the_fly_ones(runs, models):
     sums = dict.fromkeys(TERMS, 0.0)
     rows = read_rows(models.preference / "validation.jsonl")
     for row in rows:
-        prompt = dpo.encode(tokenizer, [row["prompt"]], "prompts", 128)[0]
-        pair = dpo.encode(tokenizer, [row["chosen"], row["rejected"]], "responses", 40)
+        prompt = encode(tokenizer, [row["prompt"]], "prompts", 128)[0]
+        pair = encode(tokenizer, [row["chosen"], row["rejected"]], "responses", 40)
         logprobs, ref_logprobs = ([slow_logprob(model, prompt, ids) for ids in pair] for model in (policy, reference))
         rewards = [0.05 * (ours - ref) for ours, ref in zip(logprobs, ref_logprobs)]
         sums["loss"] -= math.log(sigmoid(rewards[0] - rewards[1]))
@@ -188,7 +190,7 @@ def test_precomputed_reference_logprobs_equal_on_the_fly_ones(runs, models):
         for name, values in (("rewards", rewards), ("logprobs", logprobs)):
             sums[f"{name}/chosen"] += values[0]
             sums[f"{name}/rejected"] += values[1]
-    expected = {name: value / len(rows) for name, value in sums.items()}
+    expected = {"epoch": 1.0} | {name: value / len(rows) for name, value in sums.items()}
     assert runs.first.result["after"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert abs(expected["margin"]) > 1e-3  # the policy has moved
 
@@ -215,6 +217,6 @@ def test_what_it_prints_and_saves(runs, models):
         (cells,) = (line.split()[1:] for line in lines if line.split()[:1] == [name])
         expected = [runs.first.result[when][name] for when in ("before", "after")]
         assert [float(cell) for cell in cells] == pytest.approx(expected, abs=6e-4)
-    assert lines[-1].startswith(f"final policy: {runs.first.output} ")
+    assert lines[-1].startswith(f"final model: {runs.first.output} ")
     saved = AutoTokenizer.from_pretrained(runs.first.output)
     assert saved.get_vocab() == AutoTokenizer.from_pretrained(models.sft).get_vocab()

@@ -2,6 +2,7 @@
 
 import math
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import ppo
 import reward_model
+from plumbing.models import selected_logprobs
+from plumbing.speed import matmul_rate, training_flops
 
 TEMPERATURE = 0.7
 
@@ -174,29 +177,36 @@ def test_scores_are_what_transformers_itself_returns(critic, batch):
     assert_close(scores, (logits - critic.config.score_mean).float(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("n", [0, 1, 64, 150])
+@pytest.mark.parametrize("n", [0, 1, 64, 600])  # without gradients, 256 rows at a time
 @pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_token_logprob_against_log_softmax(n, dtype, near):
-    values, tokens, weights = randn(n, 40, seed=18).float(), torch.arange(n) % 40, randn(n, seed=19).float()
+def test_selected_logprobs_against_log_softmax(n, dtype, near):
+    hidden, tokens, weights = randn(n, 40, seed=18).float(), torch.arange(n) % 40, randn(n, seed=19).float()
+
+    def head(hidden):
+        return 2 * hidden.to(dtype)
+
+    def plain(head, hidden, tokens, temperature):
+        return (head(hidden).float() / temperature).log_softmax(-1)[torch.arange(n), tokens]
+
     found = []
-    for function in (
-        lambda logits: ppo.TokenLogprob.apply(logits, tokens, 0.7),
-        lambda logits: (logits.float() / 0.7).log_softmax(-1)[torch.arange(n), tokens],
-    ):
-        values.requires_grad_(True).grad = None
-        logprobs = function(2 * values.to(dtype))
+    for function in (selected_logprobs, plain):
+        hidden.requires_grad_(True).grad = None
+        logprobs = function(head, hidden, tokens, 0.7)
         (weights * logprobs).sum().backward()
-        found.append((logprobs.detach(), values.grad))
+        found.append((logprobs.detach(), hidden.grad))
     assert_close(found[0][0], found[1][0], atol=1e-5, rtol=0)
     assert_close(found[0][1], found[1][1], atol=near, rtol=near)
     assert n == 0 or found[0][1].abs().max() > 1e-3
+    with torch.no_grad():
+        assert selected_logprobs(head, hidden, tokens, 0.7).equal(found[0][0])
 
 
 def test_gradients_of_micro_batches_add_up_to_the_batch_s(policy, batch):
     *_, tensors = batch
     mask = tensors[3]
     advantages, noise = randn(*mask.shape, seed=16), 0.3 * randn(*mask.shape, seed=17)
-    logprobs = ppo.in_chunks(ppo.token_logprobs, policy, 6, *tensors, mask, temperature=TEMPERATURE) + noise
+    with torch.no_grad():
+        logprobs = ppo.token_logprobs(policy, *tensors, mask, TEMPERATURE) + noise
 
     def gradient(size):
         policy.zero_grad()
@@ -235,7 +245,8 @@ def rollout(policy):
     def sample(rows, eos, budgets=budgets, size=8):
         rows = list(rows)
         tensors = (*ppo.pad([contexts[row] for row in rows], "left", "cpu"), uniforms[rows], budgets[rows])
-        return ppo.in_chunks(ppo.generate, policy, size, *tensors, eos=eos, temperature=TEMPERATURE)
+        chunks = partial(ppo.in_chunks, ppo.generate, policy, size, *tensors, lengths=tensors[1].sum(1))
+        return chunks(eos=eos, temperature=TEMPERATURE)
 
     free = sample(range(8), eos=-1)
     return contexts, uniforms, budgets, free[3, 6].item(), sample
@@ -307,21 +318,24 @@ def test_mask_to_eos(ids, expected):
 
 # measurement
 @pytest.mark.parametrize("frozen", [False, True])
-def test_training_flops_are_those_of_the_matrix_products(policy, batch, frozen):
-    _, _, tensors = batch
-    embeddings = {part.weight for part in policy.modules() if isinstance(part, torch.nn.Embedding)}
-    body = [p for p in policy.base_model.parameters() if p not in embeddings]
-    for p in body if frozen else ():
-        p.requires_grad_(False)
+def test_training_flops_are_those_of_the_matrix_products(policy, critic, batch, frozen):
+    *_, tensors = batch
+    for model in (policy, critic) if frozen else ():  # as with LoRA: no gradient for the layers' own matrices
+        embeddings = {part.weight for part in model.modules() if isinstance(part, torch.nn.Embedding)}
+        for p in set(model.base_model.parameters()) - embeddings:
+            p.requires_grad_(False)
+    mask, longest = tensors[3], (tensors[1].sum(1) + tensors[3].sum(1)).max().item()
+    ids = torch.ones(len(mask), longest, dtype=torch.long)
     counter = FlopCounterMode(display=False)
     with counter:
-        ppo.response_states(policy, *tensors).sum().backward()
+        hidden, head = ppo.response_states(policy, *tensors)[:, :-1][mask], policy.get_output_embeddings()
+        selected_logprobs(head, hidden, tensors[2][mask], TEMPERATURE).sum().backward()
+        critic.score(critic.base_model(ids).last_hidden_state).sum().backward()
     names = (torch.ops.aten.mm, torch.ops.aten.addmm)  # attention is bmm or a kernel of its own
     found = sum(counter.get_flop_counts()["Global"].get(name, 0) for name in names)
-    rows, longest = len(tensors[0]), (tensors[1].sum(1) + tensors[3].sum(1)).max().item()
-    assert found == ppo.training_flops(body) * rows * longest
+    assert found == training_flops(policy, critic, tokens=ids.numel(), actions=mask.sum())
 
 
 def test_matmul_rate_is_of_this_machine():
-    rate = ppo.matmul_rate(torch.device("cpu"), "float32", size=512)
+    rate = matmul_rate(torch.device("cpu"), "float32", size=512)
     assert 1e8 < rate < 1e14

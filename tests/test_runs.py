@@ -1,14 +1,19 @@
 """Short real runs of ppo.py and drpo.py on the small chain: what they write, and that they agree where they must."""
 
 import json
+import os
+import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics, run_script, write_dataset
+from conftest import ROOT, read_metrics, run_here, run_script, write_dataset
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo
+from plumbing.tokens import encode
 
 UPDATES = 3
 SHORT = ("--total-episodes", 16 * UPDATES, "--batch-size", 16, "--minibatch-size", 16, "--eval-every", 2)
@@ -17,19 +22,19 @@ SHORT += ("--eval-rows", 16, "--num-ppo-epochs", 2, "--response-length", 24, "--
 
 @pytest.fixture(scope="module")
 def runs(models):
-    """Every run that the tests compare, made once."""
+    """Every run that the tests compare, made once: one of each script as its users start it, the others in this process."""
 
-    def run(script, name, *flags, output=None):
+    def run(script, name, *flags, output=None, start=run_here):
         output = models.folder / (output or name)
         command = (*models.flags, *SHORT, "--run-name", name, "--output-dir", output, *flags)
-        done = run_script(script, *command, cwd=models.folder)
+        done = start(script, *command, cwd=models.folder)
         run_dir = models.folder / "runs" / name
         return SimpleNamespace(dir=run_dir, output=output, stdout=done.stdout, metrics=read_metrics(run_dir))
 
     return SimpleNamespace(
-        ppo=run("ppo.py", "ppo", "--seed", 1),
+        ppo=run("ppo.py", "ppo", "--seed", 1, start=run_script),
         beta_0=run("drpo.py", "beta_0", "--seed", 1, "--beta", 0),
-        drpo=run("drpo.py", "drpo", "--seed", 1, "--beta", 1),
+        drpo=run("drpo.py", "drpo", "--seed", 1, "--beta", 1, start=run_script),
         again=run("drpo.py", "again", "--seed", 1, "--beta", 1, output="drpo"),
         other_seed=run("drpo.py", "other_seed", "--seed", 2, "--beta", 1),
         micro=run("drpo.py", "micro", "--seed", 1, "--beta", 1, "--micro-batch-size", 5),
@@ -40,6 +45,41 @@ def all_runs(runs):
     return vars(runs).values()
 
 
+# run_here, on which most tests stand
+def test_a_run_in_this_process_gives_the_numbers_of_a_launched_one(runs):
+    result, again = ((run.dir / "result.json").read_text() for run in (runs.drpo, runs.again))
+    assert runs.again.metrics == runs.drpo.metrics and again == result
+    folders = runs.drpo.output.with_name("drpo.1"), runs.again.output  # the later one took the name
+    weights, others = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders)
+    assert all(a.equal(b) for a, b in zip(weights.parameters(), others.parameters(), strict=True))
+    ours = [line for line in runs.again.stdout.splitlines() if not line.startswith(("keeping the", "final model"))]
+    assert ours == runs.drpo.stdout.splitlines()[:-1]  # its own names apart
+
+
+def test_help_in_this_process_is_that_of_the_script():
+    shown = run_here("drpo.py", "--help", cwd=ROOT).stdout
+    assert "ppo.py plus resets to dataset states" in shown and "--reset-column" in shown
+
+
+def test_a_run_in_this_process_leaves_no_trace(models, runs):
+    def surroundings():
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
+        places = os.getcwd(), sys.argv, sys.stdout, sys.stderr, sys.modules["__main__"]
+        return handlers, autocast, places, dict(os.environ), torch.get_rng_state().tolist()
+
+    before = surroundings()
+    flags = (*models.flags, *SHORT, "--dtype", "bfloat16", "--run-name")
+    run_here("ppo.py", *flags, "trace", "--output-dir", "trace", "--total-episodes", 16, cwd=models.folder)
+    assert surroundings() == before
+    with FileLock(models.folder / "runs/.trace.lock", timeout=0):  # free, as if its process had ended
+        pass
+    done = run_here("ppo.py", *flags, "trace", cwd=models.folder, check=False)  # a name that is taken
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: --run-name trace")
+    assert surroundings() == before
+
+
+# what the runs must agree in
 def test_beta_0_is_ppo_number_for_number(runs):
     assert len(runs.ppo.metrics) == UPDATES
     for ours, theirs in zip(runs.beta_0.metrics, runs.ppo.metrics, strict=True):
@@ -66,20 +106,20 @@ def test_micro_batches_change_only_the_rounding(runs):
 
 def test_bfloat16_learns_what_float32_learns(models, tmp_path):
     # autocast's copies of the weights must not outlive an optimizer step: with stale ones hardly anything is learned
-    base = ("--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia", "--num-epochs", 2)
-    rl = (*models.flags, *SHORT, "--num-ppo-epochs", 4, "--learning-rate", 3e-3)
-    found = {}
-    for name, flags in {"float32": (), "bfloat16": ("--dtype", "bfloat16")}.items():
-        run_script("sft.py", *base, "--output-dir", f"sft_{name}", "--run-name", f"sft_{name}", *flags, cwd=tmp_path)
-        run_script("ppo.py", *rl, "--output-dir", f"ppo_{name}", "--run-name", f"ppo_{name}", *flags, cwd=tmp_path)
-        found[name] = read_metrics(tmp_path / "runs" / f"ppo_{name}")
-        found[name][-1]["sft"] = read_metrics(tmp_path / "runs" / f"sft_{name}")[-1]["eval/loss"]
+    base = ("--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia", *models.steps)
+    run_here("sft.py", *base, "--dtype", "bfloat16", "--output-dir", "sft", "--run-name", "sft", cwd=tmp_path)
+    ours, theirs = (read_metrics(folder / "runs/sft")[-1] for folder in (tmp_path, models.folder))
+    assert ours["eval/loss"] == pytest.approx(theirs["eval/loss"], rel=0.03) and ours["loss"] != theirs["loss"]
+
+    rl, found = (*models.flags, *SHORT, "--num-ppo-epochs", 4, "--learning-rate", 3e-3), {}
+    for name in ("float32", "bfloat16"):
+        run_here("ppo.py", *rl, "--dtype", name, "--output-dir", name, "--run-name", name, cwd=tmp_path)
+        found[name] = read_metrics(tmp_path / "runs" / name)
         assert all(line["policy/first_ratio_error"] < 1e-5 for line in found[name])
     ours, theirs = found["bfloat16"], found["float32"]
     assert ours[0]["objective/score"] != theirs[0]["objective/score"]  # it is another precision
-    assert ours[-1]["sft"] == pytest.approx(theirs[-1]["sft"], rel=0.03)
     assert 0.5 < ours[-1]["objective/kl"] / theirs[-1]["objective/kl"] < 2
-    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo_bfloat16")
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16")
     assert {tensor.dtype for tensor in weights.parameters()} == {torch.float32}
 
 
@@ -97,12 +137,12 @@ def test_the_prefix_is_no_action_of_a_real_run(models, tmp_path):
     )
     flags = (*models.flags, *SHORT, "--total-episodes", 16, "--temperature", 1e-3, "--learning-rate", 0)
     flags += ("--dataset", dataset, "--reset-column", "draft", "--beta", 1, "--run-name", "drafts")
-    done = run_script("drpo.py", *flags, cwd=tmp_path)
+    done = run_here("drpo.py", *flags, cwd=tmp_path)
     (line,) = read_metrics(tmp_path / "runs" / "drafts")
     assert line["reset/fraction"] == 1 and 1 <= line["reset/length"] <= 8
     assert line["policy/entropy"] < 1
     assert line["objective/kl"] == pytest.approx(0, abs=1e-4)  # the policy is still pi_SFT
-    assert "  from a reset: [ ~" in done.stdout  # data/rows.py gives it the space that follows TL;DR:
+    assert "  from a reset: [ ~" in done.stdout  # plumbing/rows.py gives it the space that follows TL;DR:
 
 
 def test_the_run_folder(runs):
@@ -152,8 +192,8 @@ def test_the_reward_model_ranks_as_ppo_reads_it(models):
         row = json.loads(line)
         prompts += [row["prompt"]] * 2
         responses += [row["chosen"], row["rejected"]]
-    prompt_ids = ppo.encode(tokenizer, prompts, "prompts", 500)
-    response_ids = ppo.encode(tokenizer, responses, "responses", 500)
+    prompt_ids = encode(tokenizer, prompts, "prompts", 500)
+    response_ids = encode(tokenizer, responses, "responses", 500)
     ours = ppo.sequence_scores(model, *ppo.pad(prompt_ids, "left", "cpu"), *ppo.pad(response_ids, "right", "cpu"))
     rows = [prompt + response for prompt, response in zip(prompt_ids, response_ids)]
     inputs = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
