@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 # reading, checking, saving, resuming, processes, memory: nothing in plumbing/ decides a number of the algorithm, and
 # plumbing/plain.py says in a few lines what each of these names stands for
 from plumbing import fail
-from plumbing.chat import cached, check_endpoint, collect_verdicts, content_id
+from plumbing.chat import cached, collect_verdicts, content_id
 from plumbing.flags import read_args
 from plumbing.models import build_missing, check_model, load, load_model, selected_logprobs
 from plumbing.processes import go_on_alone, in_chunks, in_parts, start_processes
@@ -305,6 +305,19 @@ def read_question(name):
         if not question.is_valid() or sorted(question.get_identifiers()) != ["a", "b", "prompt"]:
             fail(f"--judge-prompt {name} must hold $prompt, $a and $b; any other $ is written $$")
     return question
+
+
+def check_endpoint(args):
+    """Ends the program if the address or the options of the api judge make no sense; -> the options, a dict."""
+    if not re.fullmatch(r"https?://(\[[^]@\s/]+\]|[^][:@\s/]+)(:\d+)?(/[^@?#\s]*)?", args.api_base_url):
+        fail(f"--api-base-url must look like http://host:8000/v1 and hold no key; that goes to ${args.api_key_env}")
+    try:
+        options = {**json.loads(args.api_options, parse_constant=int)}  # so that NaN is an error
+        if options.keys() & {"messages", "model", "stream"}:
+            raise ValueError("messages, model and stream are not for the user to set")
+    except (TypeError, ValueError) as error:
+        fail(f"--api-options {args.api_options} must be a JSON object: {error}")
+    return options
 
 
 if __name__ == "__main__":

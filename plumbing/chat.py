@@ -24,19 +24,6 @@ from plumbing.models import load
 from plumbing.processes import barrier, rank
 
 
-def check_endpoint(args):
-    """Ends the program if address, model or options cannot be meant; -> options of every request, a dict."""
-    if not re.fullmatch(r"https?://(\[[^]@\s/]+\]|[^][:@\s/]+)(:\d+)?(/[^@?#\s]*)?", args.api_base_url):
-        fail(f"--api-base-url must look like http://host:8000/v1 and hold no key; that goes to ${args.api_key_env}")
-    try:
-        options = {**json.loads(args.api_options, parse_constant=int)}  # so that NaN is an error
-        if options.keys() & {"messages", "model", "stream"}:
-            raise ValueError("messages, model and stream are not for the user to set")
-    except (TypeError, ValueError) as error:
-        fail(f"--api-options {args.api_options} must be a JSON object: {error}")
-    return options
-
-
 def retry_delay(response, default):
     """Seconds to wait: the Retry-After header of a response (seconds or a date), or `default` where there is none."""
     value = response.headers.get("retry-after") if response is not None else None

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import sys
 
 
@@ -37,7 +38,7 @@ def one_file(path):
     for line in sorted(lines, key=lambda line: (line.startswith("from"), line.split()[1])):
         if not line.startswith("from plumbing") and (line in imports or lines[line] & used):
             groups[line.split()[1].split(".")[0] in sys.stdlib_module_names].append(line)
-    first_import, first_blank = text.index("\nfrom collections"), text.index("\n\n\n")
+    first_import, first_blank = re.search(r"\n(from|import) ", text).start(), text.index("\n\n\n")
     parts = [known[name][0] for name in known if name in wanted]
     parts[0] = f"# in place of plumbing/, by python -m plumbing.plain {os.path.basename(path)}\n{parts[0]}"
     head = "\n".join([text[:first_import], *groups[True], "", *groups[False]])
