@@ -192,7 +192,7 @@ if __name__ == "__main__":
             logprobs = in_chunks(token_logprobs, policy, size, *batch, batch[-1], lengths=lengths, temperature=1.0)
             metrics["eval/loss"] = (-logprobs.sum() / batch[-1].sum()).item()
             run.history.append({"epoch": epoch, "loss": metrics["eval/loss"]})
-        run.log(metrics, loss=sums["loss"], validation=run.history[-1]["loss"] if run.history else None)
+        run.log(metrics, loss=sums["loss"], validation=run.history[-1]["loss"] if run.history else np.nan)
 
     # 4 save, show samples
     save_model(args.output_dir, trained, tokenizer)

@@ -1,13 +1,10 @@
 """What the scripts share and what decides no number of a method: reading, checking, saving, resuming, processes, memory.
 
 The rule, for whoever adds a line here: plain.py says in a few lines what every public name stands for, with one process,
-one device, the whole batch at once and nothing to resume; put in place of this folder, a script must log the same numbers,
-up to rounding, and a test does that. A loss, a mask, a sampling rule, an advantage, a schedule, the default of a coefficient
-belong in the script, in the order of the paper's algorithm box. So `cp drpo.py mine.py` is all it takes to change a method,
-and the diff of two scripts is the diff of two methods. No file here imports a script or asks which one runs.
-
-Two flags change what is computed because the user asks for it, the same in every method: --lora-rank (which weights are
-trained) and --dtype (in what precision matrices are multiplied).
+the whole batch at once and nothing to resume; put in place of this folder, a script must log the same numbers, up to
+rounding, and a test does that. A loss, a mask, a sampling rule, an advantage, a schedule, the default of a coefficient
+belong in the script, in the order of the paper's algorithm box. No file here imports a script or asks which one runs.
+Two flags do change what is computed, the same in every method, because the user asks: --lora-rank and --dtype.
 
     flags.py      the flags of every script, --resume, numbers that make no sense
     rows.py       datasets of any known shape -> rows of text
@@ -16,11 +13,12 @@ trained) and --dtype (in what precision matrices are multiplied).
     processes.py  torchrun: rows dealt out, results put together, gradients added up; micro-batches
     sharding.py   --shard: every model split over the processes
     runs.py       runs/NAME: arguments, metrics, checkpoints, signals, progress, results, picture
-    files.py      writing without leaving half a file
+    files.py      files that are whole or not there
     chat.py       judge.py's requests to a chat endpoint: retries, refusals, verdicts kept as they arrive
     speed.py      FLOPs of an update, speed of a GPU
     rubric.py     the embedded task's exact measure of quality, a property of that data set
-    plain.py      what all of this stands for; `python -m plumbing.plain drpo.py` writes a script as one file of its own
+    plain.py      what all of this stands for; `python -m plumbing.plain drpo.py` writes a script as one file
+    one_file.py   how that is written
 """
 
 import os

@@ -83,7 +83,11 @@ def make_trainable(model, frozen, args):
     Under the adapters, at first without effect, lie the weights of `frozen`, stored once. The head `score` is trained too.
     """
     if args.gradient_checkpointing:
-        recompute_layers(model)
+        from torch.utils.checkpoint import checkpoint  # here, because it takes a second
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # every decoder layer is one
     if args.lora_rank == 0:
         return model
     try:
@@ -99,15 +103,6 @@ def make_trainable(model, frozen, args):
         return get_peft_model(model, config)
     except ValueError as error:
         fail(f"--lora-target {args.lora_target}: {str(error).splitlines()[0]}")
-
-
-def recompute_layers(model):
-    """Every decoder layer forgets its activations and computes them again in the backward pass."""
-    from torch.utils.checkpoint import checkpoint  # here, because it takes a second
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def trainable(**models):

@@ -148,9 +148,8 @@ class Run:
     open = lap = nothing
 
     def updates(self, count):
-        for update in range(1, count + 1):
-            self.update = update
-            yield update
+        for self.update in range(1, count + 1):
+            yield self.update
 
     def check_finite(self, rows, **found):
         assert all(torch.as_tensor(x).isfinite().all() for x in found.values()), f"update {self.update}: not finite"

@@ -61,15 +61,6 @@ def go_on_alone():
         sys.exit()
 
 
-def gather(rows):
-    """Every process's rows (n, ...), dealt out in turn -> all of them (n * processes, ...), in order."""
-    if world() == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(world())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)
-
-
 @torch.no_grad()
 def in_chunks(function, model, size, *tensors, lengths, **kwargs):
     """function(model, *tensors, **kwargs) without gradients, on `size` rows at a time.
@@ -81,8 +72,12 @@ def in_chunks(function, model, size, *tensors, lengths, **kwargs):
     for length in reversed(lengths if isinstance(lengths, tuple) else (lengths,)):
         order = order[length[order].argsort(stable=True)]
     mine = order.repeat(world())[: -(-len(order) // world()) * world()][rank() :: world()]  # equally many for each
-    parts = [function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in mine.split(size)]
-    return gather(torch.cat(parts))[order.argsort()]
+    found = torch.cat([function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in mine.split(size)])
+    if world() > 1:
+        parts = [torch.empty_like(found) for _ in range(world())]
+        dist.all_gather(parts, found.contiguous())
+        found = torch.stack(parts, dim=1).flatten(0, 1)  # as they were dealt out
+    return found[order.argsort()]
 
 
 def in_parts(function, rows, size, title):

@@ -212,9 +212,9 @@ class Run:
 
     def log(self, metrics, **shown):
         """One line of metrics.jsonl, the same to TensorBoard where it is installed; `shown` stands beside the progress bar."""
-        metrics, shown = ({name: number(x) for name, x in part.items()} for part in (metrics, shown))
         metrics = {"update": self.update} | metrics | self.laps
-        self.progress.set_postfix(shown)
+        metrics = {name: x.item() if torch.is_tensor(x) else x for name, x in metrics.items()}
+        self.progress.set_postfix({name: float(x) for name, x in shown.items()})
         if rank() == 0:
             path = self.path("metrics.jsonl")
             with writing(path), open(path, "a") as file:
@@ -234,10 +234,6 @@ class Run:
             if self.writer:
                 self.writer.close()
         barrier(last=True)
-
-
-def number(x):
-    return x.item() if torch.is_tensor(x) else x
 
 
 def print_table(results, caption):
@@ -260,14 +256,10 @@ def plot(history, path):
     except ImportError:
         return print("no picture of the run: pip install matplotlib")
     x, *names = history[0]
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
+    columns, rows = min(3, len(names)), -(-len(names) // 3)
     figure = Figure(figsize=(4 * columns, 2.7 * rows), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for panel, name in zip(panels, names):
+    for number, name in enumerate(names, start=1):
+        panel = figure.add_subplot(rows, columns, number, title=name, xlabel=x)
         panel.plot([point[x] for point in history], [point[name] for point in history], marker="o", ms=3)
-        panel.set(title=name, xlabel=x)
-    for panel in panels[len(names) :]:
-        panel.set_axis_off()
     with writing(path):
         figure.savefig(path, dpi=120)
