@@ -25,7 +25,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 # plumbing/plain.py says in a few lines what each of these names stands for
 from plumbing import fail
 from plumbing.flags import read_args
-from plumbing.models import build_missing, load, load_model, make_trainable, save_model, selected_logprobs, trainable
+from plumbing.models import (
+    build_missing,
+    load,
+    load_model,
+    make_trainable,
+    merge,
+    output_head,
+    save_model,
+    selected_logprobs,
+    trainable,
+)
 from plumbing.processes import (
     gradient_norm,
     in_chunks,
@@ -113,7 +123,7 @@ def pair_logprobs(model, prompt_ids, prompt_mask, pair_ids, pair_mask, share):
     """Log-probs (B, 2) of the whole chosen and the whole rejected response, EOS included, at temperature 1."""
     states = pair_states(model, prompt_ids, prompt_mask, pair_ids, pair_mask, share)[:, :-1].unflatten(0, (-1, 2))
     hidden, tokens = states[pair_mask], pair_ids[pair_mask]  # (tokens, d), (tokens,)
-    picked = selected_logprobs(model.get_output_embeddings(), hidden, tokens, temperature=1.0)
+    picked = selected_logprobs(output_head(model), hidden, tokens, temperature=1.0)
     return torch.zeros_like(pair_mask, dtype=picked.dtype).masked_scatter(pair_mask, picked).sum(2)
 
 
@@ -180,6 +190,11 @@ if __name__ == "__main__":
         terms = pair_terms(run.state[args.validation_split], run.state[args.validation_split], args.beta)
         run.history.append({"epoch": 0.0} | {name: term.mean().item() for name, term in terms.items()})
     ref_logprobs, ref_validation = (run.state[name].to(device) for name in names)
+
+    def validation_means():
+        terms = pair_terms(measured(validation), ref_validation, args.beta)
+        return {name: term.mean().item() for name, term in terms.items()}
+
     for update in run.updates(num_updates):
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (update - 1) / num_updates)
 
@@ -208,13 +223,12 @@ if __name__ == "__main__":
         epoch = update * args.batch_size / len(train)
         metrics = {"epoch": epoch, **sums, "learning_rate": optimizer.param_groups[0]["lr"]}
         if update % args.eval_every == 0 or update == num_updates:
-            terms = pair_terms(measured(validation), ref_validation, args.beta)
-            point = {name: term.mean().item() for name, term in terms.items()}
+            point = validation_means()
             run.history.append({"epoch": epoch} | point)
             metrics |= {f"eval/{name}": value for name, value in point.items()}
         run.log(metrics, loss=sums["loss"], validation=run.history[-1]["loss"])
 
     # 5 save, compare the validation split before and after
-    save_model(args.output_dir, trained, tokenizer)
-    results = {"before": run.history[0], "after": run.history[-1]}
-    run.finish(results, f"{len(validation)} pairs of {args.validation_split}")
+    save_model(args.output_dir, merge(trained), tokenizer)
+    after = {"epoch": run.history[-1]["epoch"]} | validation_means()  # of what was saved
+    run.finish({"before": run.history[0], "after": after}, f"{len(validation)} pairs of {args.validation_split}")

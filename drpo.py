@@ -28,7 +28,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 # plumbing/plain.py says in a few lines what each of these names stands for
 from plumbing import fail
 from plumbing.flags import read_args
-from plumbing.models import build_missing, load, load_model, make_trainable, save_model, selected_logprobs, trainable
+from plumbing.models import (
+    build_missing,
+    load,
+    load_model,
+    make_trainable,
+    merge,
+    output_head,
+    save_model,
+    selected_logprobs,
+    trainable,
+)
 from plumbing.processes import gradient_norm, in_chunks, micro_batches, start_processes, sum_over_processes
 from plumbing.rows import load_rows
 from plumbing.rubric import rubric_score
@@ -115,8 +125,11 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
         hidden = model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
-        cdf = (model.get_output_embeddings()(hidden).float() / temperature).softmax(-1).cumsum(-1)  # (rows, V)
+        cdf = (output_head(model)(hidden).float() / temperature).softmax(-1).cumsum(-1)  # (rows, V)
         tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
+        tokens = tokens.clamp(
+            max=cdf.shape[1] - 1
+        )  # note: NaN is found later, by run.check_finite, which names its row
         generated_ids[rows, t] = tokens * going
         going &= (tokens != eos) & (num_tokens[rows] > t + 1)  # differs from official code: a row ends at EOS
         if not going.any():
@@ -164,11 +177,11 @@ def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)
 def token_logprobs(model, prompt_ids, prompt_mask, response_ids, response_mask, action_mask, temperature):
     """Log-probs (B, R) of the response tokens where action_mask is True, 0 elsewhere.
 
-    The output head runs there only. note: logits that a model rescales after its head need that here and in generate.
+    The output head runs there only.
     """
     states = response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)[:, :-1]  # (B, R, d)
     hidden, tokens = states[action_mask], response_ids[action_mask]  # (actions, d), (actions,)
-    picked = selected_logprobs(model.get_output_embeddings(), hidden, tokens, temperature)  # (actions,)
+    picked = selected_logprobs(output_head(model), hidden, tokens, temperature)  # (actions,)
     return torch.zeros_like(action_mask, dtype=picked.dtype).masked_scatter(action_mask, picked)
 
 
@@ -403,7 +416,7 @@ if __name__ == "__main__":
         run.log(metrics, score=metrics["objective/score"], kl=metrics["objective/kl"], win=win_rate)
 
     # 7 save, evaluate on held-out prompts, show
-    save_model(args.output_dir, trained, tokenizer)
+    save_model(args.output_dir, merge(trained), tokenizer)
     sft_texts, sft_result = measure(ref_policy, held_out)
     texts, result = measure(policy, held_out)
     for row, sft_text, text in list(zip(held_out, sft_texts, texts))[:3]:

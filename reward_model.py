@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Dyna
 # plumbing/plain.py says in a few lines what each of these names stands for
 from plumbing import fail
 from plumbing.flags import read_args
-from plumbing.models import build_missing, load, load_model, make_trainable, save_model, trainable
+from plumbing.models import build_missing, load, load_model, make_trainable, merge, save_model, trainable
 from plumbing.processes import gradient_norm, in_chunks, micro_batches, start_processes, sum_over_processes
 from plumbing.rows import load_rows
 from plumbing.rubric import rubric_score
@@ -208,11 +208,11 @@ if __name__ == "__main__":
         metrics = {"epoch": epoch, **sums, "learning_rate": optimizer.param_groups[0]["lr"]}
         run.log(metrics, loss=sums["loss"], accuracy=sums["accuracy"])
 
-    # 4 centre the scores so that the references average 0 (N+ detail 15)
+    # 4 centre the scores of what is saved so that the references average 0 (N+ detail 15)
     # differs from official code (rm.py:587): read at the real EOS, not at a padding position
     prompts = pad([row["prompt_ids"] for row in references], "left", device)
     responses = pad([row["response_ids"] for row in references], "right", device)
-    lengths = prompts[1].sum(1) + responses[1].sum(1)
+    lengths, trained = prompts[1].sum(1) + responses[1].sum(1), merge(trained)
     reference_scores = in_chunks(sequence_scores, model, size, *prompts, *responses, lengths=lengths)
     model.config.score_mean = reference_scores.mean().item()
     save_model(args.output_dir, trained, tokenizer)

@@ -23,7 +23,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 # plumbing/plain.py says in a few lines what each of these names stands for
 from plumbing import fail
 from plumbing.flags import read_args
-from plumbing.models import load, load_model, make_trainable, save_model, selected_logprobs, trainable
+from plumbing.models import (
+    load,
+    load_model,
+    make_trainable,
+    merge,
+    output_head,
+    save_model,
+    selected_logprobs,
+    trainable,
+)
 from plumbing.processes import gradient_norm, in_chunks, micro_batches, start_processes, sum_over_processes
 from plumbing.rows import load_rows
 from plumbing.runs import Run
@@ -80,11 +89,11 @@ def response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)
 def token_logprobs(model, prompt_ids, prompt_mask, response_ids, response_mask, action_mask, temperature):
     """Log-probs (B, R) of the response tokens where action_mask is True, 0 elsewhere.
 
-    The output head runs there only. note: logits that a model rescales after its head need that here and in generate.
+    The output head runs there only.
     """
     states = response_states(model, prompt_ids, prompt_mask, response_ids, response_mask)[:, :-1]  # (B, R, d)
     hidden, tokens = states[action_mask], response_ids[action_mask]  # (actions, d), (actions,)
-    picked = selected_logprobs(model.get_output_embeddings(), hidden, tokens, temperature)  # (actions,)
+    picked = selected_logprobs(output_head(model), hidden, tokens, temperature)  # (actions,)
     return torch.zeros_like(action_mask, dtype=picked.dtype).masked_scatter(action_mask, picked)
 
 
@@ -104,8 +113,11 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
         hidden = model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
-        cdf = (model.get_output_embeddings()(hidden).float() / temperature).softmax(-1).cumsum(-1)  # (rows, V)
+        cdf = (output_head(model)(hidden).float() / temperature).softmax(-1).cumsum(-1)  # (rows, V)
         tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
+        tokens = tokens.clamp(
+            max=cdf.shape[1] - 1
+        )  # note: NaN is found later, by run.check_finite, which names its row
         generated_ids[rows, t] = tokens * going
         going &= (tokens != eos) & (num_tokens[rows] > t + 1)  # differs from official code: a row ends at EOS
         if not going.any():
@@ -160,6 +172,11 @@ if __name__ == "__main__":
         prompts, responses = (pad(ids, side, device) for ids, side in zip(zip(*pairs), ("left", "right")))
         return (*prompts, *responses), prompts[1].sum(1) + responses[1].sum(1)
 
+    def validation_loss():
+        batch, lengths = tensors_of(validation, train_on_prompt=False)
+        logprobs = in_chunks(token_logprobs, policy, size, *batch, batch[-1], lengths=lengths, temperature=1.0)
+        return (-logprobs.sum() / batch[-1].sum()).item()
+
     run.open(parameters, optimizer)  # with --resume, where the last checkpoint was
     for update in run.updates(num_updates):
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (update - 1) / num_updates)
@@ -188,14 +205,12 @@ if __name__ == "__main__":
         epoch = update * args.batch_size / len(train)
         metrics = {"epoch": epoch, **sums, "learning_rate": optimizer.param_groups[0]["lr"]}
         if update == num_updates or update % eval_every == 0:
-            batch, lengths = tensors_of(validation, train_on_prompt=False)
-            logprobs = in_chunks(token_logprobs, policy, size, *batch, batch[-1], lengths=lengths, temperature=1.0)
-            metrics["eval/loss"] = (-logprobs.sum() / batch[-1].sum()).item()
+            metrics["eval/loss"] = validation_loss()
             run.history.append({"epoch": epoch, "loss": metrics["eval/loss"]})
         run.log(metrics, loss=sums["loss"], validation=run.history[-1]["loss"] if run.history else np.nan)
 
-    # 4 save, show samples
-    save_model(args.output_dir, trained, tokenizer)
+    # 4 save, show the loss and samples of what was saved
+    save_model(args.output_dir, merge(trained), tokenizer)
     prompts = pad([row["prompt_ids"] for row in validation], "left", device)  # ids (B, P), mask (B, P)
     rng = np.random.default_rng([args.seed, SAMPLING])
     uniforms = torch.from_numpy(rng.random((len(validation), args.response_length), dtype=np.float32)).to(device)
@@ -208,5 +223,5 @@ if __name__ == "__main__":
     for row, ids, mask in list(zip(validation, sampled, masks))[:3]:
         text = tokenizer.decode(ids[mask], skip_special_tokens=True)
         print(f"\n{row['prompt']}\n  reference:{row['completion']}\n  SFT:      {text}")
-    result = {"loss": run.history[-1]["loss"], "eos": ended.float().mean().item()}
+    result = {"loss": validation_loss(), "eos": ended.float().mean().item()}
     run.finish({"SFT": result}, f"{len(validation)} of {args.validation_split}")

@@ -21,135 +21,128 @@ import itertools
 import json
 import os
 import runpy
-import subprocess
 import sys
-from types import SimpleNamespace
+from contextlib import ExitStack
+from unittest import mock
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from plumbing import chat, fail, flags, models, rows, runs, tokens  # noqa: E402
+
 NUM_ROWS = 8
-TRAINED_BY = {"sft.py": "models/sft", "reward_model.py": "models/reward", "dpo.py": "models/dpo"}
-TRAINED_BY |= {"ppo.py": "models/ppo", "drpo.py": "models/drpo"}
-REAL = SimpleNamespace(run=subprocess.run, makedirs=os.makedirs, isdir=os.path.isdir, listdir=os.listdir)
+EMPTY = torch.device("meta")  # tensors there have shapes and nothing else
+FIRST_STEP = "data/tiny_pythia"  # what the missing defaults of the embedded task would be trained from
+READ_ARGS, LOAD_ROWS = flags.read_args, rows.load_rows
+LOAD, MAKE_TRAINABLE = models.load, models.make_trainable
 
 
 class Stop(BaseException):
-    """Raised at the script's first write, past its `except Exception`; `variables` are those of the script at that moment."""
-
-    def __init__(self, variables):
-        self.variables = dict(variables)
+    """The script is about to write for the first time. No Exception, so that nothing on the way holds it up."""
 
 
-def patch(planned):
-    """Replaces what takes long or writes. planned: folder that a real run would have by now -> base model, outputs."""
-    transformers.logging.set_verbosity_error()
+class Start:
+    """What stands in for the functions of plumbing that take long or write, and what the script told them.
 
-    def lookup(path):
-        return planned.get(os.path.normpath(path), {"base": path, "labels": {}})
+    planned: folder that a real run would have by now -> its base model and labels of its config.
+    """
 
-    def patch_loader(auto_class):
-        load = auto_class.from_pretrained
+    def __init__(self, planned):
+        self.planned, self.args, self.splits, self.models, self.parameters = planned, None, None, [], {}
 
-        def from_pretrained(path, **kwargs):
-            return load(lookup(path)["base"], **lookup(path)["labels"] | kwargs)
-
-        auto_class.from_pretrained = from_pretrained
-
-    def patch_model(auto_class):
-        def from_pretrained(path, dtype, use_safetensors, **kwargs):
-            return auto_class.from_config(AutoConfig.from_pretrained(path, **kwargs), dtype=dtype)
-
-        auto_class.from_pretrained = from_pretrained
-
-    def run(command, **kwargs):
-        name, script = os.path.basename(command[1]), sys._getframe(1).f_globals
-        if name == "rows.py":
-            command = [lookup(part)["base"] if part in planned else part for part in command]
-            done = REAL.run([*command, "--limit", str(NUM_ROWS)], **kwargs)
-            done.stdout = repeat_rows(done.stdout, script["args"])
-            return done
-        if name in TRAINED_BY:  # build_missing: a default checkpoint that a real run would train on the embedded task
-            add_planned(planned, TRAINED_BY[name], name, os.path.join(ROOT, "data/tiny_pythia"))
-            return subprocess.CompletedProcess(command, 0)
-        return REAL.run(command, **kwargs)
-
-    def makedirs(*args, **kwargs):
-        caller = sys._getframe(1).f_globals
-        if caller["__name__"] == "__main__":
-            raise Stop(caller)
-        REAL.makedirs(*args, **kwargs)
-
-    for auto_class in (AutoConfig, AutoTokenizer):
-        patch_loader(auto_class)
-    for auto_class in (AutoModelForCausalLM, AutoModelForSequenceClassification):
-        patch_model(auto_class)
-    torch.nn.Module.to = lambda model, *_, **__: model  # weights without content cannot be moved
-    subprocess.run, os.makedirs = run, makedirs
-    os.path.isdir = lambda path: path in planned or REAL.isdir(path)
-    os.listdir = lambda path=".": ["model.safetensors"] if path in planned else REAL.listdir(path)
-
-
-def add_planned(planned, path, script, base):
-    labels = {"num_labels": 1} if script == "reward_model.py" else {}
-    planned[os.path.normpath(path)] = {"base": base, "labels": labels}
-
-
-def repeat_rows(stdout, args):
-    """The rows again and again until they fill a batch, which the scripts insist on, or the judge's prompts."""
-    needed = max(NUM_ROWS, getattr(args, "batch_size", 0), getattr(args, "num_prompts", 0))
-    splits = {}
-    for line in stdout.splitlines():
-        splits.setdefault(json.loads(line)["split"], []).append(line)
-    lines = [line for rows in splits.values() for line in itertools.islice(itertools.cycle(rows), needed)]
-    return b"\n".join(lines)
-
-
-def run_script(script, flags, planned):
-    """The script's variables at its first write, models without weights among them."""
-    path = os.path.join(ROOT, script)
-    if not os.path.isfile(path):
-        print(f"error: there is no script {path}", file=sys.stderr)
-        sys.exit(2)
-    patch(planned)
-    sys.argv = [path, *flags]
-    try:
-        with torch.device("meta"):
-            runpy.run_path(path, run_name="__main__")
+    def run(self, script, flags_of_script):
+        """Up to the first write -> name -> model. A script imports what it finds in plumbing, so that is replaced before."""
+        stand_ins = {
+            flags: {"read_args": self.read_args},
+            rows: {"load_rows": self.load_rows},
+            models: {name: getattr(self, name) for name in ("load", "load_model", "build_missing", "make_trainable")},
+            runs.Run: {"open": lambda run, parameters, optimizer: self.stop(parameters)},
+            chat: {"content_id": lambda path: path, "cached": lambda path, make: self.stop({})},
+            sys: {"argv": [script, *flags_of_script]},
+        }
+        with ExitStack() as stack:
+            for owner, attributes in stand_ins.items():
+                stack.enter_context(mock.patch.multiple(owner, **attributes))
+            try:
+                runpy.run_path(script, run_name="__main__")
+            except Stop:
+                return self.judged_models() if hasattr(self.args, "policies") else self.named_models()
             raise RuntimeError(f"{script} ended without writing anything")
-    except Stop as stop:
-        return stop.variables
 
+    def stop(self, parameters):
+        """Where a training script takes its folder, with all it trains in hand, and judge.py looks for completions."""
+        self.parameters = parameters
+        raise Stop
 
-def find_models(variables):
-    """Name -> model; trained ones first. judge.py loads its models later, and has at most two policies at a time."""
-    if not hasattr(variables["args"], "policies"):
-        alone = ("model",) if "policy" not in variables else ("policy",)
-        names = ("policy", "critic", "ref_policy", "reward_model") if "critic" in variables else alone
-        return {name: variables[name] for name in names}
-    args, load, float32 = variables["args"], variables["load"], {"dtype": torch.float32}
-    rewards = dict.fromkeys(path for path in (args.reward_path, args.judge_path) if path)
-    models = {}
-    with torch.device("meta"):
-        for path in dict.fromkeys((args.sft_path, *args.policies)):
-            policy = load(AutoModelForCausalLM, path, **float32)
-            variables["check_size"](policy, path, variables["tokenizer"], args.prompt_length + args.response_length)
-            models |= {path: policy} if len(models) < 3 else {}
-        for path in rewards:
-            models[path] = load(AutoModelForSequenceClassification, path, **float32)
-    return models
+    def read_args(self, *args, **kwargs):
+        self.args = READ_ARGS(*args, **kwargs)
+        return self.args
+
+    def load_rows(self, dataset, config, splits, columns, tokenizer_path):
+        """The first rows, again and again until they fill a batch, which scripts insist on, or the judge's prompts."""
+        found = LOAD_ROWS(dataset, config, splits, columns, self.known(tokenizer_path)["base"], limit=NUM_ROWS)
+        needed = max(NUM_ROWS, getattr(self.args, "batch_size", 0), getattr(self.args, "num_prompts", 0))
+        found = {split: list(itertools.islice(itertools.cycle(part), needed)) for split, part in found.items()}
+        self.splits = self.splits or found  # reward_model.py reads its references after its pairs
+        return found
+
+    def load(self, auto_class, path, **kwargs):
+        """A tokenizer or a config; of a folder that is only planned, that of its base."""
+        labels = self.known(path)["labels"] if auto_class is AutoConfig else {}
+        return LOAD(auto_class, self.known(path)["base"], **labels | kwargs)
+
+    def build_missing(self, *wanted):
+        """What a real run would train first counts as there."""
+        for path, default, script in wanted:
+            if path != default:
+                self.load(AutoTokenizer, path)
+            elif not os.path.isdir(path) and os.path.normpath(path) not in self.planned:
+                self.plan(path, script, FIRST_STEP)
+
+    def load_model(self, auto_class, path, tokenizer, args, device=None, may_be_empty=False, **config):
+        with EMPTY:
+            model = auto_class.from_config(self.load(AutoConfig, path, **config), dtype=torch.float32)
+        models.check_fit(model, path, tokenizer, args.prompt_length + args.response_length)
+        self.models.append(model)
+        return model.eval()
+
+    def make_trainable(self, *args):
+        with EMPTY:  # LoRA's adapters as well
+            return MAKE_TRAINABLE(*args)
+
+    def known(self, path):
+        return self.planned.get(os.path.normpath(path), {"base": path, "labels": {}})
+
+    def plan(self, path, script, base):
+        labels = {"num_labels": 1} if script == "reward_model.py" else {}
+        self.planned[os.path.normpath(path)] = {"base": base, "labels": labels}
+
+    def named_models(self):
+        """Name -> model, trained ones first; of the frozen ones there is at most one of each kind."""
+        owner, found = {id(x): name.split(".")[0] for name, x in self.parameters.items()}, {}
+        for model in self.models:
+            names = {owner[id(x)] for x in model.parameters() if id(x) in owner}
+            found[names.pop() if names else "reward_model" if hasattr(model, "score") else "ref_policy"] = model
+        return dict(sorted(found.items(), key=lambda item: not trained_part(item[1], self.parameters)))
+
+    def judged_models(self):
+        """Path -> model. Three policies, though judge.py has two at a time and scores after them: an upper bound."""
+        args, causal, scalar = self.args, AutoModelForCausalLM, AutoModelForSequenceClassification
+        paths = dict.fromkeys([*dict.fromkeys((args.sft_path, *args.policies))][:3], causal)
+        paths |= dict.fromkeys((path for path in (args.reward_path, args.judge_path) if path), scalar)
+        return {path: self.load_model(kind, path, self.load(AutoTokenizer, path), args) for path, kind in paths.items()}
 
 
 def count(parameters):
     return sum(parameter.numel() for parameter in parameters)
 
 
-def trained_part(model, optimizer):
-    """Parameters of a model that change: the optimizer has them, and LoRA has not frozen them."""
-    known = {id(x) for group in optimizer.param_groups for x in group["params"]} if optimizer else ()
-    return [x for x in model.parameters() if id(x) in known and x.requires_grad]
+def trained_part(model, parameters):
+    """Those of a model's parameters that the optimizer has."""
+    known = {id(x) for x in parameters.values()}
+    return [x for x in model.parameters() if id(x) in known]
 
 
 def weight_bytes(models):
@@ -185,12 +178,12 @@ def cache_bytes(model, rows, length):
     return 2 * 4 * rows * length * config.num_hidden_layers * heads * head
 
 
-def estimate(models, optimizer, args, pairs):
+def estimate(models, parameters, args, pairs):
     """Name -> bytes. What comes after AdamW follows each other, so the largest of it enters the total."""
     prompt, response = args.prompt_length, args.response_length
     size = min(args.micro_batch_size, getattr(args, "minibatch_size", getattr(args, "batch_size", sys.maxsize)))
-    learning = [model for model in models.values() if trained_part(model, optimizer)]
-    trained_bytes = 4 * sum(count(trained_part(model, optimizer)) for model in learning)
+    learning = [model for model in models.values() if trained_part(model, parameters)]
+    trained_bytes = 4 * sum(count(trained_part(model, parameters)) for model in learning)
     parts = {"weights": weight_bytes(models.values()), "gradients": trained_bytes, "AdamW": 2 * trained_bytes}
     passes = 2 if pairs else 1  # chosen and rejected
     tokens = passes * size * (prompt + response)
@@ -216,33 +209,30 @@ def shorten(text):
     return text if len(text) <= 200 else f"{text[:120]} ... {text[-75:]}"
 
 
-def report(script, variables):
-    """Prints what the script read and built; -> nothing."""
-    args, models, optimizer = variables["args"], find_models(variables), variables.get("optimizer")
-    if "splits" in variables:
-        rows = [row for split in variables["splits"].values() for row in split[:NUM_ROWS]]
-    else:  # judge.py
-        rows = [row | {"prompt_ids": ids} for row, ids in zip(variables["rows"], variables["prompt_ids"])][:NUM_ROWS]
-        texts = [row["completion"] for row in rows]
-        for row, ids in zip(
-            rows, variables["encode"](variables["tokenizer"], texts, "responses", args.response_length)
-        ):
+def report(script, start, models):
+    """Prints what the script read and built."""
+    args, parameters = start.args, start.parameters
+    found = [row for split in start.splits.values() for row in split[:NUM_ROWS]]
+    if hasattr(args, "policies"):  # judge.py encodes the rows that it drew, and their references for each of its models
+        found = [row for row in found if "prompt_ids" in row]
+        tokenizer, texts = start.load(AutoTokenizer, args.sft_path), [row["completion"] for row in found]
+        for row, ids in zip(found, tokens.encode(tokenizer, texts, "responses", args.response_length)):
             row["reference_ids"] = ids
-    print(f"\ndry run of {script}: it would start now\n\nfirst row\n  prompt: {shorten(rows[0]['prompt'])}")
-    for name in ("chosen", "rejected") if "chosen_ids" in rows[0] else ("completion",):
-        print(f"  {name}: {shorten(rows[0][name])}")
-    lengths = {name: max(len(row[name]) for row in rows) for name in rows[0] if name.endswith("_ids")}
+    print(f"\ndry run of {script}: it would start now\n\nfirst row\n  prompt: {shorten(found[0]['prompt'])}")
+    for name in ("chosen", "rejected") if "chosen_ids" in found[0] else ("completion",):
+        print(f"  {name}: {shorten(found[0][name])}")
+    lengths = {name: max(len(row[name]) for row in found) for name in found[0] if name.endswith("_ids")}
     print("\nlongest of the rows read, in tokens: ", end="")
     print(", ".join(f"{name[:-4]} {length}" for name, length in lengths.items()))
     longest = args.prompt_length + args.response_length
-    batch = getattr(args, "batch_size", len(variables.get("rows", ())))
+    batch = getattr(args, "batch_size", 0) or args.num_prompts or NUM_ROWS
     print(f"batch ({batch}, {longest}), micro-batch ({min(args.micro_batch_size, batch)}, {longest}), at the longest")
 
     print(f"\n{'model':32}{'parameters':>16}{'trained':>16}")
     for name, model in models.items():
-        print(f"{name:32}{count(model.parameters()):16,}{count(trained_part(model, optimizer)):16,}")
+        print(f"{name:32}{count(model.parameters()):16,}{count(trained_part(model, parameters)):16,}")
     print(f"\n{'memory, an estimate':44}{'GiB':>8}")
-    for name, size in estimate(models, optimizer, args, "chosen_ids" in rows[0]).items():
+    for name, size in estimate(models, parameters, args, "chosen_ids" in found[0]).items():
         print(f"{name:44}{size / 2**30:8.2f}")
 
 
@@ -266,12 +256,13 @@ if __name__ == "__main__":
     for pair in options.stand_in:
         path, _, base = pair.partition("=")
         planned[os.path.normpath(path)] = {"base": base, "labels": {"num_labels": 1}}  # which no policy looks at
-    variables = run_script(options.script, options.flags, planned)
-    report(options.script, variables)
-    args = variables["args"]
-    if options.chain and hasattr(args, "output_dir"):
-        start = args.base_model if hasattr(args, "base_model") else args.sft_path
-        base = planned.get(os.path.normpath(start), {"base": start})["base"]
-        add_planned(planned, args.output_dir, options.script, base)
+    path = os.path.join(ROOT, options.script)
+    if not os.path.isfile(path):
+        fail(f"there is no script {path}")
+    start = Start(planned)
+    report(options.script, start, start.run(path, options.flags))
+    if options.chain and hasattr(start.args, "output_dir"):
+        first = start.args.base_model if hasattr(start.args, "base_model") else start.args.sft_path
+        start.plan(start.args.output_dir, options.script, start.known(first)["base"])
         with open(options.chain, "w", encoding="utf-8") as file:
             json.dump(planned, file, indent=2)

@@ -64,7 +64,7 @@ def write_inputs(folder):
 
 
 def write_naive(folder):
-    """ppo.py with the usual token_logprobs, beside data/, which it looks for next to itself."""
+    """ppo.py with the usual token_logprobs."""
     with open(os.path.join(ROOT, "ppo.py"), encoding="utf-8") as file:
         text = file.read()
     (node,) = (node for node in ast.parse(text).body if getattr(node, "name", "") == "token_logprobs")
@@ -72,13 +72,13 @@ def write_naive(folder):
     lines[node.lineno - 1 : node.end_lineno] = [NAIVE]
     with open(os.path.join(folder, "ppo.py"), "w", encoding="utf-8") as file:
         file.write("".join(lines))
-    os.symlink(os.path.join(ROOT, "data"), os.path.join(folder, "data"))
 
 
 def run(command, folder):
     """-> peak resident size in GiB. The output is shown only if the process fails."""
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+        to, env = {"stdout": output, "stderr": subprocess.STDOUT}, os.environ | {"PYTHONPATH": ROOT}  # for the copy
+        process = subprocess.Popen([sys.executable, *command], cwd=folder, env=env, **to)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:

@@ -16,13 +16,17 @@ import os
 import runpy
 import sys
 import tempfile
-import time
+from unittest import mock
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPTNeoXConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from plumbing.runs import Run  # noqa: E402
+
+LAP, UPDATES = Run.lap, Run.updates
 PYTHIA_1B = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8, "intermediate_size": 8192}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 STAGES = ("rollout", "score", "optimise")
@@ -48,22 +52,26 @@ def write_inputs(folder, sizes, vocabulary, rows):
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def watch_peaks():
-    """Peaks of torch's allocator between any two readings of the script's clock: the stages of every update."""
-    peaks, read_clock = [], time.perf_counter
+def watch(peaks):
+    """Appends the peak of torch's allocator, GiB, to `peaks` in every stage of every update, which ends with run.lap."""
 
-    def perf_counter():
-        if sys._getframe(1).f_globals["__name__"] == "__main__":  # not tqdm's or torch's
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-                peaks.append(torch.cuda.max_memory_allocated() / 2**30)
-                torch.cuda.reset_peak_memory_stats()
-            else:
-                peaks.append(math.nan)
-        return read_clock()
+    def updates(run, count):
+        for update in UPDATES(run, count):
+            reset()  # what evaluations and checkpoints took belongs to no stage
+            yield update
 
-    time.perf_counter = perf_counter
-    return peaks
+    def lap(run, *args, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the seconds are then those of the GPU
+        peaks.append(torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan)
+        LAP(run, *args, **kwargs)
+        reset()  # nor what the lap takes to measure the GPU's speed
+
+    def reset():
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    return mock.patch.multiple(Run, updates=updates, lap=lap)
 
 
 def check(name, holds):
@@ -86,8 +94,9 @@ if __name__ == "__main__":
         os.chdir(folder)
         write_inputs(folder, TINY if args.tiny else PYTHIA_1B, 1024 if args.tiny else 50_304, rows)
         sys.argv = ["drpo.py", *map(str, flags)]
-        peaks = watch_peaks()
-        runpy.run_path(os.path.join(ROOT, "drpo.py"), run_name="__main__")
+        peaks = []
+        with watch(peaks):
+            runpy.run_path(os.path.join(ROOT, "drpo.py"), run_name="__main__")
         os.chdir(ROOT)
         with open(os.path.join(folder, "runs/gpu/metrics.jsonl")) as file:
             metrics = [json.loads(line) for line in file]
@@ -98,8 +107,8 @@ if __name__ == "__main__":
     titles = [f"{stage}, s | {stage}, GiB" for stage in STAGES] + ["tokens/s", "MFU"]
     print("| update | " + " | ".join(titles) + " |\n|" + "---|" * 9)
     for number, line in enumerate(metrics):
-        first = number * (len(STAGES) + 1) + 1  # the reading before the first stage ends nothing
-        cells = [f"{line[f'time/{stage}']:.2f} | {peaks[first + i]:.2f}" for i, stage in enumerate(STAGES)]
+        found = peaks[number * len(STAGES) :]
+        cells = [f"{line[f'time/{stage}']:.2f} | {peak:.2f}" for stage, peak in zip(STAGES, found)]
         cells += [f"{line['time/tokens_per_second']:.0f}", f"{line.get('time/mfu', math.nan):.2f}"]
         print(f"| {number + 1} | " + " | ".join(cells) + " |")
     ratio_error = max(line["policy/first_ratio_error"] for line in metrics)

@@ -21,27 +21,33 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import ppo  # noqa: E402  (a benchmark may import a script; scripts never import each other)
+from plumbing.processes import in_chunks  # noqa: E402
+from plumbing.rows import load_rows  # noqa: E402
+from plumbing.rubric import rubric_score  # noqa: E402
+from plumbing.tokens import encode, pad  # noqa: E402
+from ppo import generate, mask_to_eos, sequence_scores  # noqa: E402  (scripts never import each other, benchmarks may)
 
 
-def ranking(sft_path, reward_path):
-    tokenizer, rows = (
-        AutoTokenizer.from_pretrained(sft_path),
-        ppo.load_rows("data/tldr_mini/reference", "validation", ()),
-    )
+def ranking(sft_path, reward_path, num_samples=8, num_rows=0):
+    """Column of the table -> number, from so many samples for each of the first prompts (0: all)."""
+    tokenizer = AutoTokenizer.from_pretrained(sft_path)
+    dataset, names = "data/tldr_mini/reference", ("prompt", "completion")
+    rows = load_rows(dataset, "", ["validation"], names, sft_path, limit=num_rows)["validation"]
     policy = AutoModelForCausalLM.from_pretrained(sft_path).eval()
     reward_model = AutoModelForSequenceClassification.from_pretrained(reward_path).eval()
-    prompts = ppo.pad(ppo.encode(tokenizer, [row["prompt"] for row in rows], "prompts", 128), "left", "cpu")
+    prompts = pad(encode(tokenizer, [row["prompt"] for row in rows], "prompts", 128), "left", "cpu")
+    lengths, eos = prompts[1].sum(1), tokenizer.eos_token_id
     budget, scores, quality = torch.full((len(rows),), 32), [], []
-    for sample in range(8):
+    for sample in range(num_samples):
         table = torch.from_numpy(np.random.default_rng(sample).random((len(rows), 32), dtype=np.float32))
-        eos = tokenizer.eos_token_id
-        ids = ppo.in_chunks(ppo.generate, policy, 64, *prompts, table, budget, eos=eos, temperature=1.0)
-        mask = ppo.mask_to_eos(ids, eos)
-        scores.append(ppo.in_chunks(ppo.sequence_scores, reward_model, 64, *prompts, ids, mask).numpy())
+        context = (*prompts, table, budget)
+        ids = in_chunks(generate, policy, 64, *context, lengths=lengths, eos=eos, temperature=1.0)
+        mask = mask_to_eos(ids, eos)
+        batch = (*prompts, ids, mask)
+        scores.append(in_chunks(sequence_scores, reward_model, 64, *batch, lengths=lengths + mask.sum(1)).numpy())
         texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(ids, mask)]
-        quality.append([ppo.rubric_score(text, row["rubric"]) for text, row in zip(texts, rows)])
-    scores, quality = np.array(scores), np.array(quality)  # (8, prompts)
+        quality.append([rubric_score(text, row["rubric"]) for text, row in zip(texts, rows)])
+    scores, quality = np.array(scores), np.array(quality)  # (samples, prompts)
     centred = [(x - x.mean(0)).ravel() for x in (scores, quality)]
     return {
         "overall": np.corrcoef(scores.ravel(), quality.ravel())[0, 1],

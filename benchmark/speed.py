@@ -3,6 +3,7 @@
     python benchmark/speed.py --rounds 5 --trl-python /path/to/venv_with_trl_1.12.0/bin/python
     python benchmark/speed.py --stop --micro-batch 16 --trl-python ...    # responses end early, batches are taken in parts
     python benchmark/speed.py --sizes tiny --jobs ppo drpo          # ours alone, one size
+    python benchmark/speed.py --against DIR --jobs ppo drpo         # the scripts of another checkout, and how soon both start
     python benchmark/speed.py --profile                             # stages, the floor of their arithmetic, what is in a pass
     python benchmark/speed.py --tried                               # settings that were tried, and what they give here
     python benchmark/speed.py --growth --rounds 1                   # cost against batch, response length, vocabulary, width
@@ -18,6 +19,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -44,6 +46,21 @@ BATCH = {"ppo": 64, "drpo": 64, "dpo": 16, "reward_model": 16}
 TIMES = {"ppo": 1, "drpo": 3, "dpo": 3, "reward_model": 10}  # updates of each for one of PPO
 STAGES = {"ppo": ("rollout", "score", "optimise"), "dpo": ("update",), "reward_model": ("update",)}
 STAGES["drpo"] = STAGES["ppo"]
+# dpo.py with a clock around its passes for the reference, which it does not log; TRL's seconds hold such passes
+WITH_CLOCK = """\
+import runpy, sys, time
+from plumbing import processes
+
+def in_parts(*args):
+    start = time.perf_counter()
+    found = plain(*args)
+    print(args[-1], time.perf_counter() - start)
+    return found
+
+plain, processes.in_parts = processes.in_parts, in_parts
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def make(folder, layers, vocab, width=128, rows=512, prompt=64, response=53, stop=False):
@@ -96,22 +113,22 @@ def make_apart(*args, **kwargs):
         sys.exit("the models could not be made")
 
 
-def measure(command, cwd, **environment):
-    """-> standard output, peak memory in GiB."""
+def measure(command, cwd, code=0, **environment):
+    """-> standard output, peak memory in GiB of a process that must end with the exit code."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         env = os.environ | environment
         process = subprocess.Popen([str(part) for part in command], cwd=cwd, env=env, stdout=out, stderr=err)
         _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = status
+        process.returncode = os.waitstatus_to_exitcode(status)
         for file in (out, err):
             file.seek(0)
-        if status != 0:
+        if process.returncode != code:
             sys.exit(f"{' '.join(map(str, command))}\n{err.read()[-2000:]}")
         return out.read(), usage.ru_maxrss / 2**20
 
 
-def ours(job, folder, updates, *flags, **environment):
-    """One process of ours -> medians without the first update: seconds, also by stage, and sampled tokens; peak GiB."""
+def ours(job, folder, updates, *flags, root=ROOT, **environment):
+    """One process of a script in root -> medians without the first update: seconds, also by stage; sampled tokens; peak GiB."""
     batch, name = BATCH[job], f"{job}_{time.time_ns()}"
     lengths = ("--prompt-length", 64, "--response-length", 53, "--micro-batch-size", batch)
     common = ("--seed", 1, "--run-name", name, "--output-dir", f"out/{name}", "--learning-rate", 3e-6, *lengths)
@@ -127,12 +144,15 @@ def ours(job, folder, updates, *flags, **environment):
                 (pairs / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
         common += ("--dataset", pairs, "--batch-size", batch, "--num-epochs", 1)
         common += ("--reference-dataset", folder / "reference") if job == "reward_model" else ()
-    script = [sys.executable, ROOT / f"{job}.py", "--sft-path", folder / "sft", *common, *flags]
-    _, peak = measure(script, folder, **environment)
+    clock = job == "dpo" and (root / "plumbing").exists()  # before plumbing/ its log had these seconds
+    environment |= {"PYTHONPATH": str(root)} if clock else {}
+    script = [*(("-c", WITH_CLOCK) if clock else ()), root / f"{job}.py", "--sft-path", folder / "sft"]
+    out, peak = measure([sys.executable, *script, *common, *flags], folder, **environment)
     lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     found = {stage: statistics.median(line[f"time/{stage}"] for line in lines[1:]) for stage in STAGES[job]}
-    if job == "dpo":  # TRL's seconds hold its reference forward passes
-        found["reference"] = lines[0]["time/reference"] / len(lines)
+    if job == "dpo":
+        seconds = re.search("log-probs, train (.+)", out)[1] if clock else lines[0]["time/reference"]
+        found["reference"] = float(seconds) / len(lines)
     found["seconds"] = sum(found.values())
     if job in ("ppo", "drpo"):
         found["tokens"] = statistics.mean(line["response/length"] - line.get("reset/length", 0) for line in lines[1:])
@@ -143,6 +163,18 @@ def theirs(job, folder, updates, python, micro_batch, stop):
     flags = ("--batch", BATCH[job], "--micro-batch", micro_batch, "--updates", updates, *(("--stop",) if stop else ()))
     out, peak = measure([python, ROOT / "benchmark/speed_trl.py", job, folder, *flags], folder)
     return {"seconds": statistics.median(json.loads(out.splitlines()[-1])), "peak": peak}
+
+
+def starts(folder, root):
+    """Seconds until a script's help is there, and until it refuses a split that the dataset lacks."""
+    wrong = ("--eval-split", "nowhere", "--dataset", folder / "reference", "--sft-path", folder / "sft")
+    cases = {"ppo.py --help": (0, "--help"), "first error": (2, *wrong, "--reward-path", folder / "reward")}
+    found = {}
+    for name, (code, *flags) in cases.items():
+        start = time.perf_counter()
+        measure([sys.executable, root / "ppo.py", *flags], folder, code=code)
+        found[name] = time.perf_counter() - start
+    return found
 
 
 def floor(layers, vocab, width=128, rows=64, prompt=64, response=53, epochs=4, reset=0.0):
@@ -177,6 +209,16 @@ def show_ratio(rounds, above, below, key):
     return show([found[above][key] / found[below][key] for found in rounds])
 
 
+def in_turn(sides, count, title):
+    """Rounds of all sides, every second one in the opposite order: what else the machine does meets all alike."""
+    rounds = []
+    for number in range(count):
+        names = list(sides) if number % 2 == 0 else list(sides)[::-1]
+        rounds.append({name: sides[name]() for name in names})
+        print(f"{title} round {number + 1}: {rounds[-1]}", file=sys.stderr, flush=True)
+    return rounds
+
+
 def compare(args, folder):
     """Rounds of all jobs, two sides in turn; a table of medians, ranges, ratios, and what resets save."""
     rows, resets = [], []
@@ -185,31 +227,42 @@ def compare(args, folder):
         for job in args.jobs:
             updates, micro = args.updates * TIMES[job], args.micro_batch or BATCH[job]
             sides = {"ours": partial(ours, job, folder / size, updates, "--micro-batch-size", micro)}
-            if job == "drpo":
+            if args.against:
+                sides["other"] = partial(sides["ours"], root=args.against)
+            elif job == "drpo":
                 sides["other"] = partial(ours, "ppo", folder / size, updates, "--micro-batch-size", micro)
             elif args.trl_python:
                 sides["other"] = partial(theirs, job, folder / size, updates, args.trl_python, micro, args.stop)
-            rounds = []
-            for number in range(args.rounds):
-                names = list(sides) if number % 2 == 0 else list(sides)[::-1]
-                rounds.append({name: sides[name]() for name in names})
-                print(f"{size} {job} round {number + 1}: {rounds[-1]}", file=sys.stderr, flush=True)
-
+            rounds = in_turn(sides, args.rounds, f"{size} {job}")
             column, ratio = partial(show_column, rounds), partial(show_ratio, rounds)
-            row = [size, f"{job}.py", {"drpo": "ppo.py"}.get(job, "TRL"), column("ours", "seconds")]
+            other = args.against.name if args.against else "ppo.py" if job == "drpo" else "TRL"
+            row = [size, f"{job}.py", other, column("ours", "seconds")]
             if "other" in sides:
                 row += [column("other", "seconds"), ratio("other", "ours", "seconds")]
                 row += [column("ours", "peak"), column("other", "peak"), ratio("ours", "other", "peak")]
             else:
                 row += ["-", "-", column("ours", "peak"), "-", "-"]
             rows.append(row)
-            if job == "drpo":
+            if job == "drpo" and not args.against:
                 resets.append([size, *(ratio("ours", "other", key) for key in ("seconds", "rollout", "tokens"))])
     titles = ("size", "script", "other", "s per update", "other's", "times faster", "GiB", "other's", "share")
     print_table(titles, rows)
     if resets:
         print("\ndrpo.py at beta 1 as a share of ppo.py")
         print_table(("size", "whole update", "rollout", "tokens sampled"), resets)
+    if args.against:
+        roots = {"ours": ROOT, "other": args.against}
+        sides = {name: partial(starts, folder / size, root) for name, root in roots.items()}
+        rounds, rows = in_turn(sides, args.rounds, "start"), []
+        for name in rounds[0]["ours"]:
+            row = [
+                name,
+                *(show_column(rounds, side, name) for side in roots),
+                show_ratio(rounds, "ours", "other", name),
+            ]
+            rows.append(row)
+        print()
+        print_table(("start", "s", "other's", "share"), rows)
 
 
 def pass_parts(folder, vocab, passes=3, **sizes):
@@ -238,7 +291,7 @@ def rollout_parts(folder, vocab, rows=64, prompt=64, response=53, **sizes):
     """Seconds of what one rollout is made of, by a clock around every call of layers and output head."""
     import ppo
 
-    policy, _, (prompt_ids, prompt_mask, *_), _ = load_pass(folder, vocab)
+    policy, _, (prompt_ids, prompt_mask, *_), _ = load_pass(folder, vocab, rows, prompt, response)
     calls, starts = {"layers": [], "output head": []}, []
     for name, module in (("layers", policy.base_model), ("output head", policy.get_output_embeddings())):
         module.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
@@ -248,7 +301,8 @@ def rollout_parts(folder, vocab, rows=64, prompt=64, response=53, **sizes):
         for name in calls:
             calls[name].clear()
         start = time.perf_counter()
-        ppo.in_chunks(ppo.generate, policy, rows, prompt_ids, prompt_mask, uniforms, budget, eos=0, temperature=0.7)
+        context = (prompt_ids, prompt_mask, uniforms, budget)
+        ppo.in_chunks(ppo.generate, policy, rows, *context, lengths=budget, eos=0, temperature=0.7)
         total = time.perf_counter() - start
     found = {"reading the prompt": calls["layers"][0], "layers": sum(calls["layers"][1:])}
     found["output head"] = sum(calls["output head"])
@@ -410,11 +464,14 @@ if __name__ == "__main__":
         "--updates", type=int, default=1, help="timed updates of PPO per process, after one for warm-up"
     )
     parser.add_argument("--trl-python", default="", help="python of an environment with trl==1.12.0")
+    parser.add_argument("--against", type=Path, help="another checkout of this repository, in place of TRL and ppo.py")
     parser.add_argument("--stop", action="store_true", help="responses end, after 25 tokens on average")
     parser.add_argument("--micro-batch", type=int, default=0, help="rows or pairs per pass; 0: the whole batch at once")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--tried", action="store_true")
     parser.add_argument("--growth", action="store_true")
     args = parser.parse_args()
+    if args.against:
+        args.against = args.against.resolve()
     with tempfile.TemporaryDirectory() as folder:
         (profile if args.profile else growth if args.growth else tried if args.tried else compare)(args, Path(folder))

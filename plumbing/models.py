@@ -1,6 +1,7 @@
 """Models: loaded and checked, made trainable in little memory, read in little memory, saved."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -8,7 +9,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoTokenizer, DynamicCache
 
 from plumbing import ROOT, fail, find
 from plumbing.files import writing
@@ -17,12 +19,13 @@ from plumbing.sharding import is_sharded, shard, whole
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+WEIGHTS = r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)(\.index\.json)?$"
 
 
 def load(auto_class, path, **kwargs):
-    """`from_pretrained` of a folder or hub name; what fails there becomes one line."""
+    """`from_pretrained` of a folder or hub name, whose code never runs; what fails there becomes one line."""
     try:
-        return auto_class.from_pretrained(find(path), **kwargs)
+        return auto_class.from_pretrained(find(path), trust_remote_code=False, **kwargs)
     except Exception as error:  # transformers, safetensors and the hub raise many kinds
         fail(f"cannot load {path}: {(str(error) or repr(error)).strip().splitlines()[0]}")
 
@@ -30,18 +33,81 @@ def load(auto_class, path, **kwargs):
 def load_model(auto_class, path, tokenizer, args, device, may_be_empty=False, **config):
     """A model that fits tokenizer, lengths and role, in float32, without dropout, on the device or sharded.
 
-    Weights come from safetensors alone. may_be_empty: a folder without any is initialised at random from its config.
+    Weights come from safetensors alone, all of them, but for the head where `num_labels` asks for a new one. may_be_empty:
+    a folder without weights of any kind is initialised at random from its config.
     """
     folder = find(path)
-    if may_be_empty and os.path.isdir(folder) and not any(".safetensors" in name for name in os.listdir(folder)):
+    if may_be_empty and os.path.isdir(folder) and not any(re.search(WEIGHTS, name) for name in os.listdir(folder)):
         print(f"{path} holds no weights: initialising at random from its config")
         torch.manual_seed(args.seed)
         model = auto_class.from_config(load(AutoConfig, path), dtype=torch.float32)
     else:
-        model = load(auto_class, path, dtype=torch.float32, use_safetensors=True, **config)
+        kwargs = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **config}
+        model, info = load(auto_class, path, **kwargs)
+        check_weights(model, path, info, new_head="num_labels" in config)
     check_fit(model, path, tokenizer, args.prompt_length + args.response_length)
-    model = shard(model) if getattr(args, "shard", False) else model.to(device)  # judge.py has no --shard
-    return model.eval()
+    sharded = getattr(args, "shard", False)  # judge.py has no --shard
+    model = (model if sharded else model.to(device)).eval()
+    check_reading(model, path)
+    if args.dtype != "float32" and hasattr(model, "score"):
+        keep_float32(model.score)
+    return shard(model) if sharded else model
+
+
+def check_weights(model, path, info, new_head):
+    """Ends the program at weights that the file lacks, where random numbers would stand, or has too many, or not finite."""
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    if new_head and missing == {"score.weight"}:  # in the place of the output head, which is no part of the body
+        missing, unexpected = set(), {name for name in unexpected if name.startswith(f"{model.base_model_prefix}.")}
+    problems = {"lacks": missing, "has the unknown": unexpected, "has in another shape": info["mismatched_keys"]}
+    problems["holds NaN or infinity in"] = {name for name, p in model.named_parameters() if not p.isfinite().all()}
+    for problem, names in problems.items():
+        if names:
+            names = sorted(map(str, names))
+            fail(f"{path} {problem} {', '.join(names[:5])}" + f" and {len(names) - 5} more" * (len(names) > 5))
+
+
+@torch.no_grad()
+def check_reading(model, path):
+    """Ends the program unless the model, read as the scripts do, gives the outputs of its own forward pass.
+
+    That is: whole; and as in a rollout, padded on the left, from a cache that finished rows leave.
+    """
+    ids = 1 + torch.arange(10, device=model.device).view(2, 5) % (model.get_input_embeddings().num_embeddings - 1)
+    ids[ids == getattr(model.config, "pad_token_id", None)] += 1
+    mask, positions = F.pad(torch.ones_like(ids), (2, 0)).bool(), torch.arange(5, device=ids.device).expand(2, -1)
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            own = torch.cat([model(input_ids=row[None]).logits for row in ids])  # (2, 5, V), or (2, 1) scores
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (2, 5, d)
+            if hasattr(model, "score"):
+                pairs = [(model.score(hidden[:, -1]), own)]
+            else:
+                cache, logits = DynamicCache(config=model.config), output_head(model)
+                read = partial(model.base_model, past_key_values=cache, use_cache=True)
+                padded = {"input_ids": F.pad(ids[:, :4], (2, 0)), "position_ids": F.pad(positions[:, :4], (2, 0))}
+                start = read(**padded, attention_mask=mask[:, :6]).last_hidden_state[:, 2:]
+                cache.batch_select_indices(torch.tensor([False, True], device=ids.device))
+                rest = read(input_ids=ids[1:, 4:], position_ids=positions[1:, 4:], attention_mask=mask[1:])
+                pairs = [(logits(hidden), own), (logits(start), own[:, :4])]
+                pairs.append((logits(rest.last_hidden_state), own[1:, 4:]))
+    except Exception as error:  # models raise what they like at arguments that they do not know
+        fail(f"{path}: {type(model).__name__} cannot be read as a decoder with a cache: {str(error).splitlines()[0]}")
+    if not all(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3) for ours, theirs in pairs):
+        fail(f"{path}: {type(model).__name__} does more, before or behind its output head, than is supported here")
+
+
+def output_head(model):
+    """hidden (N, d) -> logits (N, V): the head, and the scale or soft cap that some models (Cohere, Granite, Gemma) add."""
+    config, head = model.config, model.get_output_embeddings()
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1
+    scale, cap = (
+        scale / (getattr(config, "logits_scaling", None) or 1),
+        getattr(config, "final_logit_softcapping", None),
+    )
+    if cap:
+        return lambda hidden: cap * torch.tanh(head(hidden) * scale / cap)
+    return head if scale == 1 else lambda hidden: head(hidden) * scale
 
 
 def check_model(auto_class, path, tokenizer, length):
@@ -100,9 +166,44 @@ def make_trainable(model, frozen, args):
     names = args.lora_target if args.lora_target == "all-linear" else args.lora_target.split(",")
     config = LoraConfig(task_type=kind, r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=names)
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         fail(f"--lora-target {args.lora_target}: {str(error).splitlines()[0]}")
+    for name, module in [*model.named_modules()]:
+        if hasattr(module, "base_layer"):  # else bfloat16 would round away much of what an adapter adds to its output
+            for layer in (module.base_layer, frozen.get_submodule(name)):
+                layer.register_forward_hook(lambda module, inputs, x: x.float() if x.dtype == torch.bfloat16 else x)
+    return adapted
+
+
+def keep_float32(module):
+    """The module computes outside autocast: scores and values are float32 numbers, not bfloat16 ones."""
+
+    def before(module, inputs):
+        torch.set_autocast_enabled(inputs[0].device.type, False)
+        return tuple(x.float() for x in inputs)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(lambda module, inputs, _: torch.set_autocast_enabled(inputs[0].device.type, True))
+
+
+def merge(model):
+    """What make_trainable returned -> the model to be saved: with LoRA the adapters are added to the weights, in float32.
+
+    From here on the script's own model is that model too; the adapter by itself is kept for save_model.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    from peft import get_peft_model_state_dict
+
+    tensors = {
+        name: x.cpu().clone() for name, x in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    adapter = model.peft_config["default"], tensors
+    with torch.autocast(model.device.type, enabled=False):
+        model = model.merge_and_unload(safe_merge=True)  # safe: on a copy
+    model.adapter = adapter
+    return model
 
 
 def trainable(**models):
@@ -148,9 +249,10 @@ def save_model(path, model, tokenizer):
     if rank() > 0:
         return
     with writing(path):
-        if hasattr(model, "merge_and_unload"):  # with LoRA: the adapter alone, and the weights with it added
-            model.save_pretrained(os.path.join(f"{path}.tmp", "adapter"), save_embedding_layers=False)
-            model = model.merge_and_unload(safe_merge=True)  # safe: on a copy
+        if hasattr(model, "adapter"):
+            config, tensors = model.adapter
+            config.save_pretrained(os.path.join(f"{path}.tmp", "adapter"))
+            save_file(tensors, os.path.join(f"{path}.tmp", "adapter", "adapter_model.safetensors"))
         model.save_pretrained(f"{path}.tmp", state_dict=weights)
         tokenizer.save_pretrained(f"{path}.tmp")
         if os.path.exists(path):

@@ -26,9 +26,8 @@ def world():
 
 def start_processes(args, **shared):
     """-> device; alone, or as one of `torchrun --nproc-per-node N SCRIPT ...`. shared: sizes of what is dealt out evenly."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
     if "RANK" in os.environ:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -48,8 +47,9 @@ def start_processes(args, **shared):
 def barrier(last=False):
     """Waits for the other processes, if there are any; after the last time each goes its own way."""
     if dist.is_initialized():
-        dist.barrier()
-        if last:  # else the threads behind it may abort the process as it exits
+        barrier.work = dist.barrier(async_op=True)  # kept: a thread that frees it aborts a process about to exit
+        barrier.work.wait()
+        if last:  # else the threads behind it may do that
             dist.destroy_process_group()
 
 

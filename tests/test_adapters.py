@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo
-from plumbing.models import make_trainable, save_model
+from plumbing.models import make_trainable, merge, save_model
 
 OFF = {"seed": 1, "gradient_checkpointing": False, "lora_rank": 0, "lora_alpha": 8.0, "lora_target": "all-linear"}
 SEQ = AutoModelForSequenceClassification
@@ -68,7 +68,7 @@ def test_adapters(auto_class, architecture, tmp_path):
     # on disk: merged weights that any loader reads, and the adapter, which gives the same on the base weights
     after = outputs(model, auto_class).detach()
     assert not torch.allclose(after, before, atol=1e-3)
-    save_model(str(tmp_path / "out"), trained, AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia"))
+    save_model(str(tmp_path / "out"), merge(trained), AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia"))
     merged = auto_class.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()
     assert_close(outputs(merged, auto_class), after, rtol=0, atol=1e-9)
     assert_close(outputs(model, auto_class), after, rtol=0, atol=1e-9)  # evaluated after it was saved

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, read_rows
 from transformers import AutoTokenizer
 
-from ppo import rubric_score
+from plumbing.rubric import rubric_score
 
 TASK, BASE = ROOT / "data/tldr_mini", ROOT / "data/tiny_pythia"
 FILES = sorted(str(path.relative_to(TASK)) for path in TASK.glob("*/*.jsonl"))

@@ -1,18 +1,92 @@
-"""Bad input: one line that names what is wrong, exit code 2, nothing written."""
+"""Bad input: one line that names what is wrong, exit code 2, nothing written.
+
+What plumbing/ checks is tested once, in test_flags, test_rows and test_models. Here it is that every script asks plumbing,
+and what a script checks itself: in this process, so that torch is imported once, and by one real launch of each script.
+"""
 
 import json
+import os
 import shutil
+import subprocess
+from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import ROOT, read_rows, run_script, write_dataset
-from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from conftest import ROOT, random_model, read_metrics, run_here, run_script, write_dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-import ppo
+from plumbing.files import write_text, writing
+
+BASE = ROOT / "data/tiny_pythia"
+TRAINING = ("ppo.py", "drpo.py", "sft.py", "reward_model.py", "dpo.py")
 
 
-# what a case changes: a function of (models, folder) -> flags that override the good ones, text the error must hold
+def assert_error(code, stderr, culprit):
+    assert code == 2 and "Traceback" not in stderr
+    (line,) = (line for line in stderr.splitlines() if line.startswith("error:"))
+    assert culprit in line
+
+
+def fails(capsys, culprit, function, *args, **kwargs):
+    """function(...) ends the program with one error line that holds `culprit`; -> what it printed, as .out and .err."""
+    capsys.readouterr()  # what was printed before
+    with pytest.raises(SystemExit) as ended:
+        function(*args, **kwargs)
+    printed = capsys.readouterr()
+    assert_error(ended.value.code, printed.err, culprit)
+    return printed
+
+
+def script_fails(culprit, script, *flags, cwd):
+    """The same of a script, in this process."""
+    done = run_here(script, *flags, cwd=cwd, check=False)
+    assert_error(done.returncode, done.stderr, culprit)
+
+
+def save_random(folder, auto_class, **settings):
+    """A model with random weights under the tiny config, and the tiny tokenizer, in a folder; -> the folder."""
+    random_model(auto_class, 0, **settings).float().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A few rows and untrained models: with them every script comes as far as its first update."""
+    folder = tmp_path_factory.mktemp("given")
+    return SimpleNamespace(
+        reference=write_dataset(folder / "reference", "reference"),
+        preference=write_dataset(folder / "preference", "preference"),
+        sft=save_random(folder / "sft", AutoModelForCausalLM),
+        reward=save_random(folder / "reward", AutoModelForSequenceClassification, num_labels=1),
+    )
+
+
+def data_flags(script, given):
+    if script == "reward_model.py":
+        return "--dataset", given.preference, "--reference-dataset", given.reference
+    if script == "dpo.py":
+        return "--dataset", given.preference, "--batch-size", 8
+    return "--dataset", given.reference
+
+
+def good_flags(script, given):
+    models = ("--sft-path", given.sft)
+    if script == "sft.py":
+        models = ("--base-model", BASE)
+    elif script in ("ppo.py", "drpo.py"):
+        models += ("--reward-path", given.reward)
+    return *data_flags(script, given), *models
+
+
+# what a case changes: a function of (given, folder) -> flags that override the good ones
+def flags(*values):
+    return lambda given, folder: values
+
+
+def dataset(task, edit):
+    return lambda given, folder: ("--dataset", write_dataset(folder / "dataset", task, edit=edit))
+
+
 def without(column):
     return lambda rows: [{key: x for key, x in row.items() if key != column} for row in rows]
 
@@ -21,219 +95,245 @@ def put(column, value, number):
     return lambda rows: [row | {column: value} if n == number else row for n, row in enumerate(rows)]
 
 
-def blank(column):
-    return lambda rows: [row | {column: "  "} for row in rows]
-
-
-def dataset(task, edit):
-    return lambda models, folder: ("--dataset", write_dataset(folder / "dataset", task, edit=edit))
-
-
-def empty_file(models, folder):
-    (folder / "empty.jsonl").touch()
-    return "--dataset", folder / "empty.jsonl"
-
-
-def empty_split(models, folder):
-    write_dataset(folder / "dataset", "reference")
-    (folder / "dataset" / "train.jsonl").write_text("")
-    return "--dataset", folder / "dataset"
-
-
-def other_vocabulary(models, folder):
-    shutil.copytree(models.reward, folder / "other_reward")
-    tokenizer = AutoTokenizer.from_pretrained(models.reward)
+def other_vocabulary(given, folder):
+    shutil.copytree(given.reward, folder / "other_reward")
+    tokenizer = AutoTokenizer.from_pretrained(given.reward)
     tokenizer.add_tokens(["unheardof"])
     tokenizer.save_pretrained(folder / "other_reward")
     return "--reward-path", folder / "other_reward"
 
 
-def two_outputs(models, folder):
-    model = AutoModelForSequenceClassification.from_pretrained(models.sft, num_labels=2)
-    model.save_pretrained(folder / "two")
-    AutoTokenizer.from_pretrained(models.sft).save_pretrained(folder / "two")
-    return "--reward-path", folder / "two"
+def two_outputs(given, folder):
+    return "--reward-path", save_random(folder / "two", AutoModelForSequenceClassification, num_labels=2)
 
 
-def spoilt_weights(how):
-    def spoil(models, folder):
-        shutil.copytree(models.sft, folder / "spoilt")
-        file = folder / "spoilt" / "model.safetensors"
-        if how == "cut":
-            file.write_bytes(file.read_bytes()[:-1000])
-        elif how == "pickle":
-            torch.save(load_file(file), folder / "spoilt" / "pytorch_model.bin")
-        if how != "cut":
-            file.unlink()
-        return "--sft-path", folder / "spoilt"
-
-    return spoil
+def without_weights(flag):
+    return lambda given, folder: (flag, shutil.copytree(BASE, folder / "empty"))
 
 
-def small_embedding(models, folder):
-    shutil.copytree(ROOT / "data/tiny_pythia", folder / "small")
-    config = json.loads((folder / "small/config.json").read_text())
+def small_embedding(given, folder):
+    shutil.copytree(BASE, folder / "small")
+    config = json.loads((BASE / "config.json").read_text())
     (folder / "small/config.json").write_text(json.dumps(config | {"vocab_size": 500}))
     return "--base-model", folder / "small"
 
 
-def no_eos(models, folder):
-    shutil.copytree(ROOT / "data/tiny_pythia", folder / "endless")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "endless")
+def no_eos(given, folder):
+    shutil.copytree(BASE, folder / "endless")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder / "endless")
     return "--base-model", folder / "endless"
 
 
-def flags(*values):
-    return lambda models, folder: values
+NUMBER, OBJECT = put("completion", 3, 3), put("chosen", {"a": 1}, 2)
+TOO_FEW, NO_DIVISOR = ("--total-episodes", 63, "--batch-size", 64), ("--batch-size", 8, "--minibatch-size", 3)
+NO_LAYER = ("--lora-rank", 2, "--lora-target", "nowhere")
+# script, what changes, text that the error must hold
+CASES = [
+    # what the scripts check themselves
+    ("ppo.py", flags(*TOO_FEW), "--total-episodes"),
+    ("ppo.py", flags(*NO_DIVISOR), "--minibatch-size must divide"),
+    ("drpo.py", flags(*TOO_FEW), "--total-episodes"),
+    ("drpo.py", flags(*NO_DIVISOR), "--minibatch-size must divide"),
+    ("drpo.py", flags("--beta", 1.5), "--beta 1.5"),
+    ("drpo.py", flags("--beta", -0.1), "--beta -0.1"),
+    ("sft.py", flags("--num-epochs", 2, "--batch-size", 17), "--num-epochs 2 of 8 rows do not fill --batch-size 17"),
+    ("reward_model.py", flags("--num-epochs", 2, "--batch-size", 17), "of 8 rows do not fill --batch-size 17"),
+    ("dpo.py", flags("--batch-size", 9), "--num-epochs 1 of 8 rows do not fill --batch-size 9"),
+    # the columns they ask for
+    ("ppo.py", dataset("reference", without("completion")), "'completion'"),
+    ("ppo.py", dataset("reference", NUMBER), "row 3, column 'completion'"),
+    ("drpo.py", dataset("reference", without("prompt")), "'prompt'"),
+    ("drpo.py", flags("--reset-column", "draft"), "'draft'"),
+    ("sft.py", dataset("reference", without("prompt")), "'prompt'"),
+    ("sft.py", dataset("reference", NUMBER), "row 3, column 'completion'"),
+    ("reward_model.py", dataset("preference", without("rejected")), "'rejected'"),
+    ("reward_model.py", dataset("preference", OBJECT), "row 2, column 'chosen'"),
+    ("dpo.py", dataset("preference", without("rejected")), "'rejected'"),
+    ("dpo.py", dataset("preference", OBJECT), "row 2, column 'chosen'"),
+    # every flag that names data
+    ("ppo.py", flags("--dataset", "no/such"), "no/such"),
+    ("ppo.py", flags("--train-split", "nowhere"), "'nowhere'"),
+    ("ppo.py", flags("--validation-split", "nowhere"), "'nowhere'"),
+    ("ppo.py", flags("--eval-split", "nowhere"), "'nowhere'"),
+    ("drpo.py", flags("--dataset", "no/such"), "no/such"),
+    ("drpo.py", flags("--train-split", "nowhere"), "'nowhere'"),
+    ("drpo.py", flags("--validation-split", "nowhere"), "'nowhere'"),
+    ("drpo.py", flags("--eval-split", "nowhere"), "'nowhere'"),
+    ("sft.py", flags("--dataset", "no/such"), "no/such"),
+    ("sft.py", flags("--train-split", "nowhere"), "'nowhere'"),
+    ("sft.py", flags("--validation-split", "nowhere"), "'nowhere'"),
+    ("reward_model.py", flags("--dataset", "no/such"), "no/such"),
+    ("reward_model.py", flags("--reference-dataset", "no/such"), "no/such"),
+    ("reward_model.py", flags("--train-split", "nowhere"), "'nowhere'"),
+    ("reward_model.py", flags("--eval-split", "nowhere"), "'nowhere'"),
+    ("dpo.py", flags("--dataset", "no/such"), "no/such"),
+    ("dpo.py", flags("--train-split", "nowhere"), "'nowhere'"),
+    ("dpo.py", flags("--validation-split", "nowhere"), "'nowhere'"),
+    # every flag that names a model
+    ("ppo.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
+    ("ppo.py", flags("--reward-path", "/no/such/reward"), "/no/such/reward"),
+    ("drpo.py", flags("--sft-path", "no/such/sft"), "no/such/sft"),
+    ("drpo.py", flags("--reward-path", "no/such/reward"), "no/such/reward"),
+    ("sft.py", flags("--base-model", "/no/such/base"), "/no/such/base"),
+    ("reward_model.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
+    ("dpo.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
+    # what a model is needed for
+    ("ppo.py", two_outputs, "is no reward model"),
+    ("drpo.py", two_outputs, "is no reward model"),
+    ("ppo.py", other_vocabulary, "other_reward has another vocabulary than"),
+    ("drpo.py", other_vocabulary, "other_reward has another vocabulary than"),
+    ("ppo.py", without_weights("--sft-path"), "safetensors"),
+    ("drpo.py", without_weights("--sft-path"), "safetensors"),
+    ("reward_model.py", without_weights("--sft-path"), "safetensors"),
+    ("dpo.py", without_weights("--sft-path"), "safetensors"),
+    ("ppo.py", flags("--prompt-length", 500), "512 positions"),
+    ("drpo.py", flags("--prompt-length", 500), "512 positions"),
+    ("sft.py", flags("--response-length", 500), "512 positions"),
+    ("reward_model.py", flags("--response-length", 500), "512 positions"),
+    ("dpo.py", flags("--response-length", 500), "512 positions"),
+    ("sft.py", small_embedding, "the embedding has 500 rows"),
+    ("sft.py", no_eos, "has no EOS token"),
+    *((script, flags(*NO_LAYER), "--lora-target nowhere") for script in TRAINING),
+]
 
 
-CASES = {
-    "ppo: column missing": ("ppo.py", dataset("reference", without("completion")), "'completion'"),
-    "ppo: response a number": ("ppo.py", dataset("reference", put("completion", 3, 3)), "row 3, column 'completion'"),
-    "ppo: responses blank": ("ppo.py", dataset("reference", blank("completion")), "no rows, dropped 8: empty"),
-    "ppo: file empty": ("ppo.py", empty_file, "empty.jsonl"),
-    "ppo: split empty": ("ppo.py", empty_split, "'train'"),
-    "ppo: dataset missing": ("ppo.py", flags("--dataset", "no/such"), "no/such"),
-    "ppo: split missing": ("ppo.py", flags("--eval-split", "nowhere"), "'nowhere'"),
-    "ppo: SFT missing": ("ppo.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
-    "ppo: reward model missing": ("ppo.py", flags("--reward-path", "/no/such/reward"), "/no/such/reward"),
-    "ppo: other vocabulary": ("ppo.py", other_vocabulary, "other_reward has another vocabulary"),
-    "ppo: no reward model": ("ppo.py", lambda models, folder: ("--reward-path", models.sft), "is no reward model"),
-    "ppo: too few episodes": ("ppo.py", flags("--total-episodes", 63, "--batch-size", 64), "--total-episodes"),
-    "ppo: odd minibatch": ("ppo.py", flags("--batch-size", 8, "--minibatch-size", 3), "--minibatch-size"),
-    "ppo: temperature 0": ("ppo.py", flags("--temperature", 0), "--temperature 0.0 must be above 0"),
-    "ppo: no micro-batch": ("ppo.py", flags("--micro-batch-size", 0), "--micro-batch-size 0 must be above 0"),
-    "ppo: clip not a number": ("ppo.py", flags("--clip-coef", "nan"), "--clip-coef nan must be above 0"),
-    "drpo: no evaluation": ("drpo.py", flags("--eval-every", 0), "--eval-every 0 must be above 0"),
-    "drpo: reward for distance": ("drpo.py", flags("--kl-coef", -1), "--kl-coef -1.0 must be at least 0"),
-    "sft: seed negative": ("sft.py", flags("--seed", -1), "--seed -1 must be at least 0"),
-    "reward: rank negative": ("reward_model.py", flags("--lora-rank", -2), "--lora-rank -2 must be at least 0"),
-    "dpo: no epoch": ("dpo.py", flags("--num-epochs", 0), "--num-epochs 0 must be above 0"),
-    "ppo: no such layer": ("ppo.py", flags("--lora-rank", 2, "--lora-target", "nowhere"), "--lora-target nowhere"),
-    "ppo: two outputs": ("ppo.py", two_outputs, "is no reward model"),
-    "ppo: weights cut": ("ppo.py", spoilt_weights("cut"), "spoilt"),
-    "ppo: pickled weights": ("ppo.py", spoilt_weights("pickle"), "safetensors"),
-    "dpo: weights missing": ("dpo.py", spoilt_weights("none"), "safetensors"),
-    "ppo: context too short": ("ppo.py", flags("--prompt-length", 500), "512 positions"),
-    "reward: context too short": ("reward_model.py", flags("--response-length", 500), "512 positions"),
-    "sft: no EOS": ("sft.py", no_eos, "has no EOS token"),
-    "sft: small embedding": ("sft.py", small_embedding, "the embedding has 500 rows"),
-    "drpo: beta high": ("drpo.py", flags("--beta", 1.5), "--beta 1.5"),
-    "drpo: beta negative": ("drpo.py", flags("--beta", -0.1), "--beta -0.1"),
-    "drpo: reset column missing": ("drpo.py", flags("--reset-column", "draft"), "'draft'"),
-    "drpo: SFT missing": ("drpo.py", flags("--sft-path", "no/such/sft"), "no/such/sft"),
-    "sft: column missing": ("sft.py", dataset("reference", without("prompt")), "'prompt'"),
-    "sft: responses blank": ("sft.py", dataset("reference", blank("completion")), "no rows, dropped 8: empty"),
-    "sft: base model missing": ("sft.py", flags("--base-model", "/no/such/base"), "/no/such/base"),
-    "sft: batch too large": ("sft.py", flags("--num-epochs", 1, "--batch-size", 1000), "--batch-size 1000"),
-    "reward: column missing": ("reward_model.py", dataset("preference", without("rejected")), "'rejected'"),
-    "reward: response an object": (
-        "reward_model.py",
-        dataset("preference", put("chosen", {"a": 1}, 2)),
-        "row 2, column 'chosen'",
-    ),
-    "reward: SFT missing": ("reward_model.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
-    "dpo: column missing": ("dpo.py", dataset("preference", without("rejected")), "'rejected'"),
-    "dpo: response an object": ("dpo.py", dataset("preference", put("chosen", {"a": 1}, 2)), "row 2, column 'chosen'"),
-    "dpo: SFT missing": ("dpo.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
-    "dpo: beta zero": ("dpo.py", flags("--beta", 0), "--beta 0"),
-    "dpo: batch too large": ("dpo.py", flags("--batch-size", 1000), "--batch-size 1000"),
+@pytest.mark.parametrize("script, change, culprit", CASES, ids=[f"{case[0]}: {case[2]}" for case in CASES])
+def test_bad_input_is_one_line(script, change, culprit, given, tmp_path):
+    command = (*good_flags(script, given), *change(given, tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    script_fails(culprit, script, *command, cwd=tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before  # no runs/, no models/
+
+
+LAUNCHES = {
+    "ppo.py": ("--temperature", 0),
+    "drpo.py": ("--beta", 1.5),
+    "sft.py": ("--base-model", "/no/such/base"),
+    "reward_model.py": ("--eval-split", "nowhere"),
+    "dpo.py": ("--sft-path", "/no/such/sft"),
+    "judge.py": ("--split", "nowhere"),
 }
 
 
-def good_flags(script, models):
-    if script == "sft.py":
-        return "--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia"
-    if script == "reward_model.py":
-        return "--dataset", models.preference, "--reference-dataset", models.reference, "--sft-path", models.sft
-    if script == "dpo.py":
-        return "--dataset", models.preference, "--sft-path", models.sft
-    return models.flags
+@pytest.mark.parametrize("script", LAUNCHES)
+def test_a_real_launch_ends_with_code_2(script, tmp_path):
+    flag, value = LAUNCHES[script]
+    done = run_script(script, flag, value, cwd=tmp_path, check=False)
+    assert_error(done.returncode, done.stderr, str(value))
+    assert not list(tmp_path.iterdir())
 
 
-def assert_error(done, culprit):
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
-    assert culprit in line
-
-
-@pytest.mark.parametrize("script, change, culprit", CASES.values(), ids=CASES)
-def test_bad_input_is_one_line(script, change, culprit, models, tmp_path):
-    command = (*good_flags(script, models), *change(models, tmp_path))
-    before = sorted(tmp_path.iterdir())
-    assert_error(run_script(script, *command, cwd=tmp_path, check=False), culprit)
-    assert sorted(tmp_path.iterdir()) == before  # no runs/, no models/
-
-
-@pytest.mark.parametrize("script", ["ppo.py", "drpo.py", "sft.py", "reward_model.py", "dpo.py"])
-def test_an_existing_run_is_not_touched(script, models, tmp_path):
+@pytest.mark.parametrize("script", TRAINING)
+def test_an_existing_run_is_not_touched(script, given, tmp_path):
     file = tmp_path / "runs" / "taken" / "metrics.jsonl"
     file.parent.mkdir(parents=True)
     file.write_text("kept\n")
-    done = run_script(script, *good_flags(script, models), "--run-name", "taken", cwd=tmp_path, check=False)
-    assert_error(done, "taken")
-    assert [path.name for path in file.parent.iterdir()] == [file.name] and file.read_text() == "kept\n"
+    script_fails("--run-name taken", script, *good_flags(script, given), "--run-name", "taken", cwd=tmp_path)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "runs", file.parent, file] and file.read_text() == "kept\n"
 
 
-def test_a_base_model_without_weights_is_said_so(models):
-    (line,) = (line for line in models.sft_run.stdout.splitlines() if "no weights" in line)
-    assert str(ROOT / "data/tiny_pythia") in line
+def test_a_batch_may_be_larger_than_the_train_split(given, tmp_path):
+    sizes = ("--batch-size", 12, "--micro-batch-size", 5, "--num-epochs", 3)  # two updates from three times 8 rows
+    done = run_here("sft.py", *good_flags("sft.py", given), *sizes, "--run-name", "large", cwd=tmp_path)
+    assert [line["update"] for line in read_metrics(tmp_path / "runs/large")] == [1, 2]
+    assert f"{BASE} holds no weights: initialising at random" in done.stdout  # the base model of the task
 
 
-def test_long_prompts_are_cut_from_the_left(capsys):
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia")
-    prompts = [row["prompt"] for row in read_rows(ROOT / "data/tldr_mini/reference/test.jsonl")[:9]]
-    texts = [f"\n\nHuman: {prompt} And?\n\nAssistant:" for prompt in prompts]  # no TL;DR prompt any more
-    whole = ppo.encode(tokenizer, texts, "prompts", 1000)
-    assert capsys.readouterr().out == ""
-    limit = sorted(len(ids) for ids in whole)[4]
-    assert ppo.encode(tokenizer, texts, "prompts", limit) == [ids[-limit:] for ids in whole]
-    out = capsys.readouterr().out
-    assert out.startswith("note:") and f"{sum(len(ids) > limit for ids in whole)} of 9 prompts" in out
+# training what is missing; subprocess.run, which would start it, only notes the script
+@pytest.fixture
+def started(monkeypatch, given):
+    """Names of the scripts that were started; each leaves its model where it is by default."""
+    names = []
+
+    def run(command, **kwargs):
+        names.append(os.path.basename(command[1]))
+        kind = {"sft.py": "sft", "reward_model.py": "reward"}[names[-1]]
+        shutil.copytree(getattr(given, kind), f"models/{kind}")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return names
 
 
-def test_long_responses_lose_their_end(capsys):
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia")
-    text = " my sister broke my bike"
-    whole = ppo.encode(tokenizer, [text], "responses", 1000)[0]
-    assert whole[-1] == tokenizer.eos_token_id and tokenizer.decode(whole[:-1]) == text
-    assert ppo.encode(tokenizer, [text], "responses", 3) == [whole[:3]]
-    assert "1 of 1 responses" in capsys.readouterr().out
+# script, what is wrong; the default checkpoints are missing, so that a late check would come after a training run
+LATE = [
+    ("ppo.py", flags("--sft-path", "no_sft"), "no_sft"),
+    ("ppo.py", flags("--reward-path", "no_reward"), "no_reward"),
+    ("ppo.py", dataset("reference", without("completion")), "'completion'"),
+    ("drpo.py", flags("--sft-path", "no_sft"), "no_sft"),
+    ("drpo.py", flags("--reward-path", "no_reward"), "no_reward"),
+    ("drpo.py", dataset("reference", without("completion")), "'completion'"),
+    ("reward_model.py", dataset("preference", without("rejected")), "'rejected'"),
+    ("reward_model.py", flags("--reference-dataset", "no/such"), "no/such"),
+    ("dpo.py", dataset("preference", without("rejected")), "'rejected'"),
+    ("dpo.py", flags("--batch-size", 9), "--batch-size 9"),
+]
 
 
-def test_an_eos_in_the_text_ends_the_response():
-    # a second EOS would let a reset keep the first one, and leave the policy nothing to do
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia")
-    whole, spelled, more = (" my sister", " my sister<|endoftext|>", " my sister<|endoftext|> broke")
-    (expected,) = ppo.encode(tokenizer, [whole], "responses", 20)
-    assert ppo.encode(tokenizer, [spelled, more], "responses", 20) == [expected, expected]
-
-
-def test_a_batch_may_be_larger_than_the_train_split(models, tmp_path):
-    size = ("--batch-size", 300, "--micro-batch-size", 50, "--num-epochs", 3)  # two updates from three times 256 rows
-    done = run_script("sft.py", *good_flags("sft.py", models), *size, cwd=tmp_path, check=False)
-    assert "Traceback" not in done.stderr
-    assert done.returncode in (0, 2)
+@pytest.mark.parametrize("script, change, culprit", LATE, ids=[f"{case[0]}: {case[2]}" for case in LATE])
+def test_nothing_is_trained_before_the_rest_is_checked(script, change, culprit, given, started, tmp_path):
+    script_fails(culprit, script, *data_flags(script, given), *change(given, tmp_path), cwd=tmp_path)
+    assert not started and not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize(
-    "change, culprit",
+    "script, expected",
     [
-        (lambda folder: ("--sft-path", folder / "no_sft"), "no_sft"),
-        (lambda folder: ("--reward-path", folder / "no_reward"), "no_reward"),
-        (
-            lambda folder: ("--dataset", write_dataset(folder / "data", "reference", edit=without("completion"))),
-            "'completion'",
-        ),
+        ("ppo.py", ["sft.py", "reward_model.py"]),
+        ("drpo.py", ["sft.py", "reward_model.py"]),
+        ("reward_model.py", ["sft.py"]),
+        ("dpo.py", ["sft.py"]),
     ],
-    ids=["sft path", "reward path", "dataset"],
 )
-def test_nothing_is_trained_before_the_rest_is_checked(change, culprit, models, tmp_path):
-    # the default checkpoints are missing here, so that a late check would show as a training run
-    done = run_script("drpo.py", "--dataset", models.reference, *change(tmp_path), cwd=tmp_path, check=False)
-    assert_error(done, culprit)
-    assert "running" not in done.stdout
-    assert not (tmp_path / "models").exists()
+def test_the_defaults_are_trained_if_missing(script, expected, given, started, tmp_path):
+    # a layer that is not there ends the script once it has loaded them
+    script_fails("--lora-target nowhere", script, *data_flags(script, given), *NO_LAYER, cwd=tmp_path)
+    assert started == expected
+
+
+# writing
+def full_disk():
+    raise OSError(28, "No space left on device")
+
+
+def full_disk_for_torch():
+    try:
+        full_disk()
+    except OSError:
+        raise RuntimeError("enforce fail at inline_container.cc:863")  # noqa: B904, as torch.save does
+
+
+def full_disk_for_rust():
+    raise Exception("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("body", [full_disk, full_disk_for_torch, full_disk_for_rust])
+def test_what_cannot_be_written_is_one_line(body, tmp_path, capsys):
+    path = tmp_path / "out.json"
+
+    def write():
+        with writing(path):
+            (tmp_path / "out.json.tmp").write_text("half")
+            body()
+
+    printed = fails(capsys, f"cannot write {path}: ", write)
+    assert "No space left on device" in printed.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bug_is_no_full_disk(tmp_path):
+    for bug in (KeyError("loss"), RuntimeError("shapes differ"), TypeError("not serializable")):
+        with pytest.raises(type(bug)) as raised, writing(tmp_path / "out.json"):
+            raise bug
+        assert raised.value is bug
+
+
+def test_a_file_is_replaced_whole(tmp_path, capsys):
+    path = tmp_path / "out.txt"
+    write_text(path, "a longer text")
+    write_text(path, "né")
+    assert path.read_bytes() == "né".encode() and list(tmp_path.iterdir()) == [path]
+    nowhere = tmp_path / "nowhere/out.txt"
+    fails(capsys, f"cannot write {nowhere}: ", write_text, nowhere, "text")

@@ -1,4 +1,7 @@
-"""The recipes' dry runs on local files of the hub's shapes, dry_run.py's counts and errors, the GPU script's small mode."""
+"""The recipes' dry runs on local files of the hub's shapes, dry_run.py's counts and errors, the GPU script's small mode.
+
+Each command of a recipe is run here, in this process; that the recipes do it themselves is a slow test.
+"""
 
 import json
 import os
@@ -8,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_rows, run_script
+from conftest import ROOT, read_rows, run_here
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPTNeoXConfig
 
 STEPS = ("sft.py", "reward_model.py", "dpo.py", "ppo.py", "drpo.py", "judge.py")
@@ -17,11 +20,11 @@ COUNTS = re.compile(r"^(\S+) +([\d,]+) +([\d,]+)$", re.MULTILINE)
 
 
 def dry_run(*flags, cwd):
-    """-> exit code, stdout, stderr. Beside data/, which the scripts' defaults name, the folder is empty, and stays so."""
+    """-> as run_here. Beside data/, which the scripts' defaults name, the folder is empty, and stays so."""
     if not (cwd / "data").exists():
         (cwd / "data").symlink_to(ROOT / "data")
     before = files(cwd)
-    done = run_script("benchmark/dry_run.py", *flags, cwd=cwd, check=False)
+    done = run_here("benchmark/dry_run.py", *flags, cwd=cwd, check=False)
     assert files(cwd) == before
     return done
 
@@ -69,9 +72,37 @@ def hub(tmp_path_factory):
     return places | {"NEWS_CONFIG": "", "MODELS": str(folder / "models"), "TMPDIR": str(tmp_path_factory.mktemp("tmp"))}
 
 
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=pytest.mark.slow if "hh" in name else ()) for name in RECIPES]
-)
+def commands(recipe, hub, folder, *flags):
+    """What a recipe would give to python: the words of each command. `python` is a script here that writes them down."""
+    fake, record = folder / "bin/python", folder / "record"
+    fake.parent.mkdir(exist_ok=True)
+    fake.write_text('#!/bin/sh\nprintf "%s\\0" "$@" >> "$RECORD"\necho >> "$RECORD"\n')
+    fake.chmod(0o755)
+    record.write_text("")
+    environment = os.environ | hub | {"PATH": f"{fake.parent}:{os.environ['PATH']}", "RECORD": str(record)}
+    subprocess.run([ROOT / "benchmark" / recipe, *flags], env=environment, check=True)
+    return [line.split("\0")[:-1] for line in record.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_step_of_a_recipe_would_start(recipe, hub, tmp_path):
+    """The same commands as without --dry-run, of which each finds what the one before it would have made."""
+    steps = commands(recipe, hub, tmp_path)
+    assert [words[0] for words in steps] == list(RECIPES[recipe])
+    (tmp_path / "run").mkdir()
+    for words, (dry, *rest) in zip(steps, commands(recipe, hub, tmp_path, "--dry-run")):
+        own = rest[: -len(words)]  # of dry_run.py
+        assert dry == "benchmark/dry_run.py" and rest[len(own) :] == words
+        if own[0] == "--chain":  # the recipe has removed its folder
+            own[1] = tmp_path / "chain.json"
+        done = dry_run(*own, *words, cwd=tmp_path / "run")
+        assert done.returncode == 0, done.stderr
+        assert f"dry run of {words[0]}: it would start" in done.stdout
+        assert len(re.findall(r"^total +\d", done.stdout, re.MULTILINE)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_dry_run_of_a_recipe(recipe, hub):
     before = {path for path in ROOT.glob("*/*") if path.parent.name in ("runs", "models")}
     environment = os.environ | hub | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
@@ -95,7 +126,7 @@ def test_dry_run_of_a_recipe(recipe, hub):
 )
 def test_what_is_wrong_is_one_line(flags, message, tmp_path):
     done = dry_run(*flags, cwd=tmp_path)
-    errors = [line for line in done.stderr.splitlines() if "rows of" not in line]  # data/rows.py says what it read
+    errors = [line for line in done.stderr.splitlines() if "rows of" not in line]  # plumbing/rows.py says what it read
     assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
 
 
@@ -136,6 +167,6 @@ def test_a_later_step_may_name_an_earlier_ones_folder(tmp_path):
 
 
 def test_small_mode_of_the_gpu_script(tmp_path):
-    done = run_script("benchmark/pythia_1b_gpu.py", "--tiny", cwd=tmp_path)
+    done = run_here("benchmark/pythia_1b_gpu.py", "--tiny", cwd=tmp_path)
     assert done.stdout.count("\nok: ") == 3 and "| 3 | " in done.stdout
     assert not list(tmp_path.iterdir())

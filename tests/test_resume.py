@@ -1,108 +1,297 @@
-"""Stopped, killed, broken and full: a run goes on from its last whole checkpoint as if nothing had happened."""
+"""Stopped, killed, broken and full: a run goes on from its last whole checkpoint as if nothing had happened.
+
+Tested on toy.py, which uses plumbing/ as the real scripts do, and with one stop of every real script.
+"""
 
 import contextlib
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics, read_rows, run_script, write_dataset
+from conftest import ROOT, read_metrics, read_rows, run_here, run_script, write_dataset
+from filelock import FileLock
+from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-SCRIPTS = ("sft.py", "reward_model.py", "dpo.py", "ppo.py", "drpo.py")
+from plumbing import runs
+
+TOY = ROOT / "tests/toy.py"
+EVERY = ("--save-every", 1, "--keep-checkpoints", 99)
 
 
-@pytest.fixture(scope="module")
-def chain(models):
-    """Flags of a run of seven or eight updates for every script, and the runs that nothing disturbs, made when asked for."""
-    pairs = ("--dataset", models.preference, "--sft-path", models.sft, "--num-epochs", 1, "--batch-size", 32)
-    steps = ("--total-episodes", 112, "--batch-size", 16, "--minibatch-size", 16, "--eval-every", 3, "--eval-rows", 8)
-    flags = {
-        "sft.py": ("--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia", "--num-epochs", 1),
-        "reward_model.py": (*pairs, "--reference-dataset", models.reference),
-        "dpo.py": (*pairs, "--eval-every", 3),
-        "ppo.py": (*models.flags, *steps),
-        "drpo.py": (*models.flags, *steps),
-    }
-    flags["sft.py"] += ("--batch-size", 32)
-    undisturbed = {}
-
-    def whole(script, *more):
-        key = (script, *more)
-        if key not in undisturbed:
-            undisturbed[key] = run(script, f"whole_{script[:-3]}{len(more) or ''}", *more)
-        return undisturbed[key]
-
-    def named(script, name, *more):
-        return (*flags[script], "--save-every", 2, "--run-name", name, "--output-dir", f"out_{name}", *more)
-
-    def run(script, name, *more):
-        run_script(script, *named(script, name, *more), cwd=models.folder)
-        return result(name)
-
-    def result(name):
-        weights = read_weights(models.folder / f"out_{name}")
-        return SimpleNamespace(metrics=read_metrics(models.folder / "runs" / name), weights=weights)
-
-    return SimpleNamespace(folder=models.folder, named=named, whole=whole, result=result, models=models)
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def read_weights(folder):
-    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+def toy(*flags, script=TOY):
+    """The toy within this process, which saves its start, and which gives back the lock as the end of a process does."""
+    locks = []
+    with mock.patch.object(runs, "FileLock", lambda path: locks.append(FileLock(path)) or locks[-1]):
+        done = run_here(script, *flags, cwd=".", check=False)
+    for lock in locks:
+        lock.release(force=True)
+    return done
 
 
-def start(script, flags, cwd):
+def good(*flags):
+    done = toy(*flags)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def refused(*flags, script=TOY):
+    """-> the one line that the toy ends with."""
+    done = toy(*flags, script=script)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def start(script, *flags, cwd="."):
     """A script in the background, in a session of its own."""
     command = [sys.executable, str(ROOT / script), *(str(flag) for flag in flags)]
     return subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def wait_for_updates(process, run_dir, count):
-    """Until metrics.jsonl has `count` whole lines."""
-    path = run_dir / "metrics.jsonl"
-    while not (path.parent.exists() and (count == 0 or path.exists() and path.read_text().count("\n") >= count)):
+def wait_for(process, condition):
+    while not condition():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
 
 
+def wait_for_updates(process, run_dir, count):
+    """Until metrics.jsonl has `count` whole lines."""
+    path = run_dir / "metrics.jsonl"
+    wait_for(process, lambda: path.exists() and path.read_text().count("\n") >= count)
+
+
+def checkpoints(run_dir):
+    """Update -> file."""
+    return {int(path.name[11:19]): path for path in sorted(run_dir.glob("checkpoint_*.pt"))}
+
+
 def lines_up_to_checkpoint(run_dir):
     """What a resumed run must keep of metrics.jsonl, byte for byte: an update computed again has other times."""
-    updates = [int(path.name[11:19]) for path in run_dir.glob("checkpoint_*.pt")]
-    return "".join((run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)[: max(updates, default=0)])
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return "".join(lines[: max(checkpoints(run_dir), default=0)])
 
 
-def assert_same(found, expected):
-    assert found.metrics == expected.metrics
-    assert expected.weights and found.weights == expected.weights
+def go_back(run_dir, update):
+    """As if the process had been killed some updates after that checkpoint."""
+    for number, path in checkpoints(run_dir).items():
+        if number > update:
+            path.unlink()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_stopped_and_resumed_equals_undisturbed(chain, script):
-    name = f"stopped_{script[:-3]}"
-    process = start(script, chain.named(script, name, "--save-every", 1000), chain.folder)
-    wait_for_updates(process, chain.folder / "runs" / name, 3)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode == 1 and f"to go on: --resume {name}" in errors and "Traceback" not in errors
-    run_dir = chain.folder / "runs" / name
-    stopped_at, kept = len(read_metrics(run_dir)), lines_up_to_checkpoint(run_dir)
-    assert 3 <= stopped_at < 7 and not (chain.folder / f"out_{name}").exists()
-    assert kept == (run_dir / "metrics.jsonl").read_text()  # there is a checkpoint of the last update
-    run_script(script, "--resume", name, cwd=chain.folder)
+def assert_same(run_dir, expected):
+    """Two runs have the same numbers, and the same last checkpoint but for the learning rate of optimizers."""
+    assert read_metrics(run_dir) == read_metrics(expected)
+    found, wanted = (torch.load(list(checkpoints(path).values())[-1]) for path in (run_dir, expected))
+    assert found["update"] == wanted["update"] == len(read_metrics(expected)) and wanted["parameters"]
+    assert found["history"] == wanted["history"]
+    for part in ("parameters", "state"):
+        assert_close(found[part], wanted[part], rtol=0, atol=0)
+    assert_close(found["optimizer"]["state"], wanted["optimizer"]["state"], rtol=0, atol=0)
+
+
+# what a run leaves
+def test_what_a_run_leaves(folder):
+    done = good("--run-name", "left", "--save-every", 3)
+    run_dir = folder / "runs/left"
+    assert list(checkpoints(run_dir)) == [6, 8]  # the newest two: every third, and the last
+    assert json.loads((run_dir / "result.json").read_text())["toy"]["error"] < 1.5
+    assert (run_dir / "run.png").stat().st_size > 5000 and not list(folder.rglob("*.tmp"))
+    args = json.loads((run_dir / "args.json").read_text())
+    assert args["script"] == "toy.py" and args["width"] == 16 and args["resume"] == ""
+    assert [line["update"] for line in read_metrics(run_dir)] == list(range(1, 9))
+    assert "time/update" in json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0])
+    assert "runs/left" in done.stdout and "16 rows" in done.stdout
+
+
+def test_there_is_no_picture_of_nothing(folder):
+    runs.plot([], "run.png")
+    assert not (folder / "run.png").exists()
+
+
+def test_the_number_of_checkpoints(folder):
+    good("--run-name", "three", "--save-every", 1, "--keep-checkpoints", 3)
+    assert list(checkpoints(folder / "runs/three")) == [6, 7, 8]
+
+
+def test_the_checkpoint_is_read_without_pickle(folder):
+    good("--run-name", "read")
+    saved = torch.load(checkpoints(folder / "runs/read")[8], weights_only=True)
+    assert saved["update"] == 8 and saved["state"]["before"].shape == (16,)
+    assert [point["epoch"] for point in saved["history"]] == list(range(9))
+    shapes = {name: tensor.shape for name, tensor in saved["parameters"].items()}
+    assert shapes == {"weight": (16, 16), "bias": (16,)}
+
+
+# going on
+@pytest.mark.parametrize("update", [0, 3, 7, 8])
+def test_a_run_goes_on_as_if_nothing_had_happened(folder, update):
+    """Killed before its first checkpoint, in the middle, before its last one, and when it was done."""
+    good("--run-name", "whole")
+    good("--run-name", "broken", *EVERY)
+    run_dir = folder / "runs/broken"
+    go_back(run_dir, update)
+    kept = lines_up_to_checkpoint(run_dir)
+    good("--resume", "broken")
+    assert (run_dir / "metrics.jsonl").read_text().startswith(kept) and kept.count("\n") == update
+    assert_same(run_dir, folder / "runs/whole")
+
+
+def test_what_was_half_written_goes(folder):
+    good("--run-name", "whole")
+    (folder / "runs/half.tmp").mkdir()  # killed while the folder was made
+    (folder / "runs/half.tmp/args.json").write_text("{")
+    good("--run-name", "half", *EVERY)
+    run_dir = folder / "runs/half"
+    go_back(run_dir, 5)
+    (run_dir / "checkpoint_00000006.tmp").write_bytes(checkpoints(run_dir)[5].read_bytes()[:1000])
+    (run_dir / "metrics.jsonl.tmp").write_text("{")
+    (run_dir / "folder.tmp").mkdir()
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"update": 9, "lo')
+    good("--resume", "half")
+    assert not list(folder.rglob("*.tmp"))
+    assert_same(run_dir, folder / "runs/whole")
+
+
+@pytest.mark.parametrize("damaged", [(8,), (7, 8), range(1, 9)])
+def test_a_damaged_checkpoint_is_passed_over(folder, damaged):
+    good("--run-name", "whole")
+    good("--run-name", "damaged", *EVERY)
+    run_dir = folder / "runs/damaged"
+    for update in damaged:
+        path = checkpoints(run_dir)[update]
+        path.write_bytes(path.read_bytes()[:-100] + bytes(100 * (update % 2)))  # cut, or with a hole
+    names = [checkpoints(run_dir)[update].name for update in damaged]
+    kept = "".join((run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)[: 8 - len(damaged)])
+    done = good("--resume", "damaged")
+    assert all(f"{name} is damaged" in done.stdout and (run_dir / f"{name}.damaged").exists() for name in names)
     assert (run_dir / "metrics.jsonl").read_text().startswith(kept)
-    assert_same(chain.result(name), chain.whole(script))
-    left = sorted(path.name[:19] for path in (chain.folder / "runs" / name).glob("checkpoint_*"))
-    last = len(chain.whole(script).metrics)
-    assert left == [f"checkpoint_{update:08d}" for update in (stopped_at, last)]
+    assert_same(run_dir, folder / "runs/whole")
 
 
+def test_what_a_resumed_run_refuses(folder):
+    good("--run-name", "refusals")
+    run_dir = folder / "runs/refusals"
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    for flags, message in (
+        (("--learning-rate", 0.1), "--learning-rate is 0.01 in refusals and cannot change within a run"),
+        (("--seed", 2), "--seed is 1 in refusals"),
+        (("--run-name", "other"), "--run-name is 'refusals' in refusals"),
+        (("--dtype", "bfloat16"), "--dtype is 'float32' in refusals"),
+        (("--num-epochs", 4), "--num-epochs is 8 in refusals and can only grow"),
+    ):
+        assert message in refused("--resume", "refusals", *flags)
+    shutil.copy(TOY, folder / "other.py")
+    assert "is a run of toy.py" in refused("--resume", "refusals", script=folder / "other.py")
+    assert "there is no such run" in refused("--resume", "nowhere")
+    assert "already exists" in refused("--run-name", "refusals")
+    assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
+
+
+def test_what_a_resumed_run_may_change(folder):
+    good("--run-name", "changed")
+    run_dir = folder / "runs/changed"
+    flags = {"save_every": 2, "keep_checkpoints": 4, "output_dir": "elsewhere", "num_epochs": 12}
+    flags |= {"process_timeout": 60, "micro_batch_size": 4}
+    done = good("--resume", "changed", *(x for name, value in flags.items() for x in (f"--{name}", value)))
+    saved = json.loads((run_dir / "args.json").read_text())
+    assert {name: saved[name] for name in flags} == flags  # for the next --resume
+    assert [line["update"] for line in read_metrics(run_dir)] == list(range(1, 13))
+    assert list(checkpoints(run_dir)) == [8, 10, 12] and "elsewhere" in done.stdout
+    good("--resume", "changed", "--gradient-checkpointing")
+
+
+# one process a run
+def test_a_name_that_is_locked(folder):
+    (folder / "runs").mkdir()
+    with FileLock(folder / "runs/.locked.lock"):
+        assert "another process" in refused("--run-name", "locked")
+    assert not (folder / "runs/locked").exists()
+    good("--run-name", "locked")
+
+
+def test_a_name_belongs_to_one_process(folder):
+    good("--run-name", "whole", "--wait", 0.1)
+    both = [start(TOY, "--run-name", "twice", "--wait", 0.1) for _ in range(2)]
+    messages = [process.communicate()[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 2], messages
+    assert re.search("another process|already exists", messages[codes.index(2)])
+    assert "Traceback" not in messages[codes.index(2)]
+    assert_same(folder / "runs/twice", folder / "runs/whole")
+
+
+def test_nobody_resumes_a_run_that_is_running(folder):
+    good("--run-name", "whole")
+    process = start(TOY, "--run-name", "running", "--wait", 0.1)
+    wait_for_updates(process, folder / "runs/running", 1)
+    os.kill(process.pid, signal.SIGSTOP)
+    message = refused("--resume", "running")
+    os.kill(process.pid, signal.SIGCONT)
+    assert "another process" in message
+    process.communicate()
+    assert process.returncode == 0
+    assert_same(folder / "runs/running", folder / "runs/whole")
+
+
+# signals
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_after_its_update(folder, number):
+    good("--run-name", "whole")
+    process = start(TOY, "--run-name", "stopped", "--wait", 0.2)
+    run_dir = folder / "runs/stopped"
+    wait_for_updates(process, run_dir, 2)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in errors
+    stopped_at = len(read_metrics(run_dir))
+    assert 2 <= stopped_at < 8 and list(checkpoints(run_dir)) == [stopped_at]
+    assert f"stopped after update {stopped_at} of 8; to go on: --resume stopped" in errors
+    assert not (run_dir / "result.json").exists()
+    kept = (run_dir / "metrics.jsonl").read_text()
+    good("--resume", "stopped")
+    assert (run_dir / "metrics.jsonl").read_text().startswith(kept)
+    assert list(checkpoints(run_dir)) == [stopped_at, 8]
+    assert_same(run_dir, folder / "runs/whole")
+
+
+def read_until(stream, text):
+    found = ""
+    while text not in found:
+        found += (character := stream.read(1))
+        assert character, found
+
+
+def test_the_second_interrupt_ends_at_once(folder):
+    process = start(TOY, "--run-name", "impatient", "--wait", 1000)
+    read_until(process.stderr, "0/8")  # the bar of the updates
+    process.send_signal(signal.SIGTERM)
+    read_until(process.stderr, "stopping after this update")
+    process.send_signal(signal.SIGTERM)  # as torchrun and a scheduler may both send it
+    time.sleep(0.1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == -signal.SIGINT and not checkpoints(folder / "runs/impatient")
+
+
+# kills
 def half_written(run_dir):
     """Checkpoints under their temporary names, with the moment of the last write."""
     found = set()
@@ -112,128 +301,136 @@ def half_written(run_dir):
     return found
 
 
-def kill_until_done(chain, script, kills, *more):
+@pytest.mark.parametrize("kills, count", [(3, 40), pytest.param(40, 400, marks=pytest.mark.slow)])
+def test_kills_change_nothing(folder, kills, count):
     """SIGKILL at random moments, every second one while a checkpoint is written; resumed each time, at last to the end."""
-    rng, name = random.Random(kills), f"killed_{script[:-3]}_{kills}"
-    run_dir, halves, done, kept = chain.folder / "runs" / name, 0, [], ""
+    flags = ("--width", 600, "--num-epochs", count)
+    rng, run_dir, halves, done, kept = random.Random(kills), folder / "runs/killed", 0, [], ""
     for _ in range(kills):
-        flags = ("--resume", name) if run_dir.exists() else chain.named(script, name, "--save-every", 1, *more)
-        process, before = start(script, flags, chain.folder), half_written(run_dir)
+        resume = ("--resume", "killed") if run_dir.exists() else ("--run-name", "killed", "--save-every", 1, *flags)
+        process = start(TOY, *resume, *(() if run_dir.exists() else ("--wait", 0.03)))
+        before = half_written(run_dir)
         if len(done) % 2:
             while process.poll() is None and not half_written(run_dir) - before:
                 pass
         else:
             wait_for_updates(process, run_dir, 1 + max([0, *done]))
-            time.sleep(rng.uniform(0, 0.4))
+            time.sleep(rng.uniform(0, 0.1))
         process.kill()
         halves += len(half_written(run_dir) - before)
         process.communicate()
         assert process.returncode == -signal.SIGKILL  # it was not done yet
         assert (run_dir / "metrics.jsonl").read_text().startswith(kept)
-        done.append(len(read_metrics(run_dir)))
+        done.append((run_dir / "metrics.jsonl").read_text().count("\n"))
         kept = lines_up_to_checkpoint(run_dir)
-    run_script(script, "--resume", name, cwd=chain.folder)
+    good("--resume", "killed")
+    print(f"updates at the kills {done}, half-written checkpoints at {halves}")
     assert kept and (run_dir / "metrics.jsonl").read_text().startswith(kept)
-    print(f"{script}: updates at the kills {done}, half-written checkpoints at {halves}")
-    assert halves and len(set(done)) > 1
-    assert_same(chain.result(name), chain.whole(script, *more))
+    assert halves and len(set(done)) > 1 and not list(run_dir.glob("*.tmp"))
+    good("--run-name", "whole", *flags)
+    assert_same(run_dir, folder / "runs/whole")
 
 
-def test_three_kills_of_drpo_change_nothing(chain):
-    kill_until_done(chain, "drpo.py", 3, "--total-episodes", 12 * 16)
+# full disk
+@contextlib.contextmanager
+def small_disk(path, size):
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True).returncode:
+        pytest.skip("a small disk can only be mounted by root")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+def test_a_full_disk_costs_one_line_and_no_checkpoint(folder):
+    flags = ("--width", 600)
+    good("--run-name", "whole", *flags)
+    with small_disk(folder / "disk", "24m") as disk:
+        flags += ("--run-name", "full", "--wait", 0.1, "--save-every", 2, "--keep-checkpoints", 1)
+        process, run_dir = start(TOY, *flags, cwd=disk), disk / "runs/full"
+        wait_for(process, lambda: checkpoints(run_dir))
+        os.kill(process.pid, signal.SIGSTOP)
+        before = {path: path.read_bytes() for path in checkpoints(run_dir).values()}
+        with open(disk / "filler", "wb") as file:
+            file.write(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 100_000))
+        os.kill(process.pid, signal.SIGCONT)
+        _, errors = process.communicate()
+        assert process.returncode == 2 and "Traceback" not in errors
+        assert "error: cannot write" in errors and "No space left" in errors
+        assert before and before == {path: path.read_bytes() for path in run_dir.glob("checkpoint_*")}
+        (disk / "filler").unlink()
+        run_script(TOY, "--resume", "full", cwd=disk)
+        assert_same(run_dir, folder / "runs/whole")
+
+
+# not finite
+def test_nan_in_one_row_is_named(folder):
+    good("--run-name", "two", "--num-epochs", 2)
+    done = toy("--run-name", "nan", "--nan-at", 3)
+    assert done.returncode == 2 and "error: update 3: not finite: errors; rows 5 of --train-split\n" in done.stderr
+    run_dir = folder / "runs/nan"
+    assert list(checkpoints(run_dir)) == [2] and not (run_dir / "result.json").exists()
+    assert_same(run_dir, folder / "runs/two")  # from before the update
+
+
+def test_no_checkpoint_once_the_update_has_begun(folder):
+    done = toy("--run-name", "explodes", "--learning-rate", 1e30)  # the first of two steps is far too long
+    assert done.returncode == 2
+    names, rows = re.search(r"error: update 1: not finite: (.*); rows (.*) of --train-split\n", done.stderr).groups()
+    assert names == "norm, loss" and len(rows.split(", ")) == 8
+    assert not checkpoints(folder / "runs/explodes")
+    done = toy("--run-name", "one_step", "--learning-rate", 1e30, "--minibatch-size", 16)
+    assert done.returncode == 2 and "error: update 2: not finite: errors; rows 0, 1, 2" in done.stderr
+    assert list(checkpoints(folder / "runs/one_step")) == [1]
+
+
+# the real scripts
+SLOW = ("reward_model.py", "ppo.py")
+SCRIPTS = ["drpo.py", "dpo.py", "sft.py", *(pytest.param(script, marks=pytest.mark.slow) for script in SLOW)]
+
+
+def flags_of(script, models):
+    """A run of seven or eight updates."""
+    if script in ("ppo.py", "drpo.py"):
+        steps = ("--total-episodes", 112, "--batch-size", 16, "--minibatch-size", 16, "--eval-every", 3)
+        return (*models.flags, *steps, "--eval-rows", 8)
+    if script == "sft.py":
+        data = ("--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia")
+    else:
+        data = ("--dataset", models.preference, "--sft-path", models.sft)
+    more = {"dpo.py": ("--eval-every", 3), "reward_model.py": ("--reference-dataset", models.reference)}
+    return (*data, "--num-epochs", 1, "--batch-size", 32, *more.get(script, ()))
+
+
+def read_weights(folder):
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_stopped_and_resumed_equals_undisturbed(folder, models, script):
+    flags, run_dir = flags_of(script, models), folder / "runs/stopped"
+    run_here(script, *flags, "--run-name", "whole", "--output-dir", "out_whole", cwd=folder)
+    process = start(script, *flags, "--run-name", "stopped", "--output-dir", "out_stopped")
+    wait_for_updates(process, run_dir, 2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "to go on: --resume stopped" in errors and "Traceback" not in errors
+    kept, stopped_at = (run_dir / "metrics.jsonl").read_text(), len(read_metrics(run_dir))
+    assert 2 <= stopped_at < 7 and list(checkpoints(run_dir)) == [stopped_at]
+    assert not (folder / "out_stopped").exists()
+    run_here(script, "--resume", "stopped", cwd=folder)
+    assert (run_dir / "metrics.jsonl").read_text().startswith(kept)
+    assert_same(run_dir, folder / "runs/whole")
+    weights = read_weights(folder / "out_whole")
+    assert weights and read_weights(folder / "out_stopped") == weights
+    results = [json.loads((folder / "runs" / name / "result.json").read_text()) for name in ("whole", "stopped")]
+    assert results[0] == results[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_many_kills_change_nothing(chain, script):
-    if script == "drpo.py":
-        kill_until_done(chain, script, 20, "--total-episodes", 60 * 16)
-    else:
-        longer = ("--total-episodes", 24 * 16) if script == "ppo.py" else ("--num-epochs", 3)
-        kill_until_done(chain, script, 5, *longer)
-
-
-def test_what_a_stopped_run_accepts(chain):
-    name, flags = "refusals", ("--num-ppo-epochs", 1)
-    run_script("ppo.py", *chain.named("ppo.py", name, *flags), cwd=chain.folder)
-    run_dir = chain.folder / "runs" / name
-    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
-    for more, message in (
-        (("--kl-coef", 0.1), "--kl-coef is 0.05 in refusals and cannot change within a run"),
-        (("--seed", 2), "--seed is 1 in refusals"),
-        (("--total-episodes", 64), "--total-episodes is 112 in refusals and can only grow"),
-    ):
-        done = run_script("ppo.py", "--resume", name, *more, cwd=chain.folder, check=False)
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
-    done = run_script("drpo.py", "--resume", name, cwd=chain.folder, check=False)
-    assert done.returncode == 2 and "is a run of ppo.py" in done.stderr
-    done = run_script("ppo.py", "--resume", "nowhere", cwd=chain.folder, check=False)
-    assert done.returncode == 2 and "no such run" in done.stderr
-    assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
-    run_script("ppo.py", "--resume", name, "--total-episodes", 144, cwd=chain.folder)
-    metrics = read_metrics(run_dir)
-    assert json.loads((run_dir / "args.json").read_text())["total_episodes"] == 144  # for the next --resume
-    assert [line["update"] for line in metrics] == list(range(1, 10))
-    assert metrics[7]["learning_rate"] > 0 and (chain.folder / f"out_{name}.1").exists()
-
-
-def test_a_damaged_checkpoint_is_passed_over(chain):
-    name = "damaged"
-    run_script("drpo.py", *chain.named("drpo.py", name), cwd=chain.folder)
-    run_dir = chain.folder / "runs" / name
-    older, newest = sorted(run_dir.glob("checkpoint_*.pt"))
-    newest.write_bytes(newest.read_bytes()[:-100] + bytes(100))
-    done = run_script("drpo.py", "--resume", name, cwd=chain.folder)
-    assert f"{newest.name} is damaged" in done.stdout and (run_dir / f"{newest.name}.damaged").exists()
-    assert older.name[:19] == "checkpoint_00000006"
-    assert_same(chain.result(name), chain.whole("drpo.py"))
-
-
-def test_a_name_belongs_to_one_process(chain):
-    flags = chain.named("drpo.py", "twice")
-    both = [start("drpo.py", flags, chain.folder) for _ in range(2)]
-    messages = [process.communicate()[1] for process in both]
-    codes = [process.returncode for process in both]
-    assert sorted(codes) == [0, 2]
-    assert "another process" in messages[codes.index(2)] and "Traceback" not in messages[codes.index(2)]
-    assert_same(chain.result("twice"), chain.whole("drpo.py"))
-
-
-def test_nobody_resumes_a_run_that_is_running(chain):
-    process = start("drpo.py", chain.named("drpo.py", "running"), chain.folder)
-    wait_for_updates(process, chain.folder / "runs/running", 1)
-    os.kill(process.pid, signal.SIGSTOP)
-    done = run_script("drpo.py", "--resume", "running", cwd=chain.folder, check=False)
-    os.kill(process.pid, signal.SIGCONT)
-    assert done.returncode == 2 and "another process" in done.stderr
-    process.communicate()
-    assert process.returncode == 0
-    assert_same(chain.result("running"), chain.whole("drpo.py"))
-
-
-def test_the_second_interrupt_ends_at_once(chain):
-    process = start("drpo.py", chain.named("drpo.py", "impatient", "--num-ppo-epochs", 100), chain.folder)
-    wait_for_updates(process, chain.folder / "runs/impatient", 1)
-    process.send_signal(signal.SIGTERM)
-    read_until(process.stderr, "stopping after this update")
-    process.send_signal(signal.SIGTERM)  # as torchrun and a scheduler may both send it
-    time.sleep(0.1)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode == -signal.SIGINT and len(read_metrics(chain.folder / "runs/impatient")) == 1
-
-
-def read_until(stream, text):
-    found = ""
-    while text not in found:
-        found += stream.readline()
-    return found
-
-
-def test_nan_in_one_reward_is_named(chain):
-    """A reward model whose embedding of one word is NaN; the word stands in one prompt alone."""
-    models, folder = chain.models, chain.folder
+def test_nan_in_one_reward_is_named(folder, models):
+    """drpo.py with a reward model whose embedding of one word is NaN; the word stands in one prompt alone."""
     tokenizer = AutoTokenizer.from_pretrained(models.sft)
     rows = read_rows(models.reference / "train.jsonl")
     tokens = {number: set(tokenizer(row["prompt"])["input_ids"]) for number, row in enumerate(rows)}
@@ -252,68 +449,25 @@ def test_nan_in_one_reward_is_named(chain):
         model.get_input_embeddings().weight[spare] = float("nan")
     model.save_pretrained(folder / "poisoned_reward")
     tokenizer.save_pretrained(folder / "poisoned_reward")
-    flags = chain.named("drpo.py", "poisoned", "--dataset", data, "--reward-path", folder / "poisoned_reward")
-    done = run_script("drpo.py", *flags, "--total-episodes", 256, "--temperature", 0.1, cwd=folder, check=False)
+    flags = (*flags_of("drpo.py", models), "--dataset", data, "--reward-path", folder / "poisoned_reward")
+    flags += ("--total-episodes", 256, "--temperature", 0.1, "--run-name", "poisoned", "--output-dir", "out")
+    done = run_script("drpo.py", *flags, cwd=folder, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     update = len(read_metrics(folder / "runs/poisoned")) + 1
     # where the response did not end, its score is --missing-eos-score instead
-    assert re.search(
-        rf"error: update {update}: not finite: (scores, )?values; rows {target} of --train-split\n", done.stderr
-    )
-    assert list((folder / "runs/poisoned").glob(f"checkpoint_{update - 1:08d}_*.pt"))
-    assert not (folder / "out_poisoned").exists()
+    names = f"error: update {update}: not finite: (scores, )?values"
+    assert re.search(rf"{names}; rows {target} of --train-split\n", done.stderr)
+    assert max(checkpoints(folder / "runs/poisoned")) == update - 1
+    assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize("script", ["sft.py", "drpo.py"])
-def test_a_gradient_that_is_not_finite_is_named(chain, script):
+@pytest.mark.slow
+@pytest.mark.parametrize("script, update", [("sft.py", 2), ("drpo.py", 1)])
+def test_a_gradient_that_is_not_finite_is_named(folder, models, script, update):
     """The step before was finite and far too long; in drpo.py it was one of the same update."""
-    name, rows = f"explodes_{script[:-3]}", 32 if script == "sft.py" else 16
-    done = run_script(script, *chain.named(script, name, "--learning-rate", 1e30), cwd=chain.folder, check=False)
+    flags = (*flags_of(script, models), "--learning-rate", 1e30, "--run-name", "explodes", "--output-dir", "out")
+    done = run_script(script, *flags, cwd=folder, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    pattern = r"error: update (\d+): not finite: loss.*; rows (.*) of --train-split\n"
-    update, numbers = re.search(pattern, done.stderr).groups()
-    assert len(numbers.split(", ")) == rows
-    left = [path.name[:19] for path in (chain.folder / "runs" / name).glob("checkpoint_*")]
-    assert (update, left) == (("2", ["checkpoint_00000001"]) if script == "sft.py" else ("1", []))
-
-
-def test_a_full_disk_costs_one_line_and_no_checkpoint(chain, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("a small disk can only be mounted by root")
-    try:
-        (disk / "runs").mkdir()
-        process = start("drpo.py", chain.named("drpo.py", "full", "--keep-checkpoints", 1), disk)
-        wait_for_updates(process, disk / "runs/full", 2)
-        while not list((disk / "runs/full").glob("checkpoint_*.pt")):
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGSTOP)
-        before = {path: path.read_bytes() for path in (disk / "runs/full").glob("checkpoint_*.pt")}
-        filler = disk / "filler"
-        with open(filler, "wb") as file:
-            left = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-            file.write(bytes(left - 100_000))
-        os.kill(process.pid, signal.SIGCONT)
-        _, errors = process.communicate()
-        assert process.returncode == 2 and "Traceback" not in errors
-        assert "cannot write" in errors and "No space left" in errors
-        found = {path: path.read_bytes() for path in (disk / "runs/full").glob("checkpoint_*")}
-        assert before and found == before
-        filler.unlink()
-        run_script("drpo.py", "--resume", "full", "--output-dir", chain.folder / "out_full", cwd=disk)
-        assert read_metrics(disk / "runs/full") == chain.whole("drpo.py").metrics
-        assert read_weights(chain.folder / "out_full") == chain.whole("drpo.py").weights
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_checkpoint_is_read_without_pickle(chain, script):
-    name = f"whole_{script[:-3]}"
-    chain.whole(script)
-    newest = sorted((chain.folder / "runs" / name).glob("checkpoint_*.pt"))[-1]
-    state = torch.load(newest, weights_only=True)
-    assert state["update"] == len(read_metrics(chain.folder / "runs" / name))
-    assert state["parameters"].keys() and all(tensor.isfinite().all() for tensor in state["parameters"].values())
-    assert json.loads((chain.folder / "runs" / name / "args.json").read_text())["resume"] == ""
+    pattern = rf"error: update {update}: not finite: loss.*; rows (.*) of --train-split\n"
+    assert len(re.search(pattern, done.stderr)[1].split(", ")) == (32 if script == "sft.py" else 16)
+    assert list(checkpoints(folder / "runs/explodes")) == ([1] if script == "sft.py" else [])

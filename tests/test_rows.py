@@ -1,7 +1,6 @@
-"""data/rows.py: every shape of public data, and bad data as one clear line, before anything is trained."""
+"""plumbing/rows.py and tokens.py: every shape of public data; bad data as one clear line; text that is too long."""
 
 import gzip
-import importlib.util
 import json
 import re
 import signal
@@ -9,16 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, read_rows, run_script
+from conftest import ROOT, read_rows
+from test_errors import BASE, fails
 from transformers import AutoTokenizer
 
-import ppo
-
-spec = importlib.util.spec_from_file_location("rows", ROOT / "data/rows.py")
-rows = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(rows)
+from plumbing import rows
+from plumbing.tokens import encode, encode_rows
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
@@ -31,7 +29,7 @@ HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant:"
 def chat(tmp_path_factory):
     """A tokenizer with a chat template, on disk."""
     folder = tmp_path_factory.mktemp("chat")
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
@@ -102,11 +100,12 @@ SHAPES = {
 }
 
 
-def read(dataset, *flags):
-    """data/rows.py as the scripts run it -> rows, stderr."""
-    command = [sys.executable, ROOT / "data/rows.py", dataset, *flags]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    return done, [json.loads(line)["row"] for line in done.stdout.splitlines()]
+def load(dataset, *columns, splits=("train",), tokenizer="", limit=0):
+    """load_rows as the scripts call it -> the rows of all splits."""
+    columns = columns or ("prompt", "completion")
+    found = rows.load_rows(str(dataset), "", splits, columns, str(tokenizer), limit)
+    assert list(found) == list(splits)
+    return [row for part in found.values() for row in part]
 
 
 def write(path, lines):
@@ -116,13 +115,11 @@ def write(path, lines):
 
 
 @pytest.mark.parametrize("given, expected", SHAPES.values(), ids=SHAPES)
-def test_shapes(given, expected, chat, tmp_path):
+def test_shapes(given, expected, chat, tmp_path, capsys):
     file = write(tmp_path / "data.jsonl.gz", [given, given])
-    columns = ("--columns", *expected)
-    done, found = read(file, "--tokenizer", chat, *columns)
-    assert done.returncode == 0, done.stderr
+    found = load(file, *expected, tokenizer=chat)
     assert [{name: row[name] for name in expected} for row in found] == [expected, expected]
-    (line,) = done.stderr.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert f"2 rows of {', '.join(given)}" in line
 
 
@@ -141,13 +138,37 @@ def test_files_and_folders_read_the_same(tmp_path):
         folder,
     )
     for path in paths:
-        done, found = read(path, "--columns", "prompt", "chosen", "rejected")
-        assert done.returncode == 0, done.stderr
+        found = load(path, "prompt", "chosen", "rejected")
         assert found == [row | {"completion": row["chosen"]} for row in given], path
+        assert load(path, "prompt", "chosen", "rejected", limit=2) == found[:2], path
+
+
+def test_every_split_is_read(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for split in ("train", "test"):
+        write(folder / f"{split}.jsonl", [GOOD | {"prompt": split}])
+    assert [row["prompt"] for row in load(folder, splits=("test", "train"))] == ["test", "train"]
+    file = write(tmp_path / "data.jsonl", [GOOD])  # a file serves as every split
+    assert load(file, splits=("train", "test")) == [GOOD, GOOD]
+
+
+def test_only_the_first_process_speaks(tmp_path, capsys, monkeypatch):
+    file = write(tmp_path / "data.jsonl", [GOOD])
+    monkeypatch.setenv("RANK", "1")
+    assert load(file) == [GOOD] and capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    assert load(file) == [GOOD] and "1 rows of prompt, completion" in capsys.readouterr().err
+
+
+def test_the_embedded_data_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = read_rows(ROOT / "data/tldr_mini/reference/test.jsonl")[:3]
+    assert load("data/tldr_mini/reference", splits=("test",), limit=3) == expected
 
 
 def test_a_bos_of_the_template_is_not_doubled(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
     tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
     turns = [turn("user", "hi"), turn("assistant", "hello")]
@@ -160,13 +181,14 @@ def test_a_bos_of_the_template_is_not_doubled(tmp_path):
     assert rows.message_parts(turns, tokenizer)[0] == CHAT  # the tokenizer adds it
 
 
-def test_forks_and_empty_answers_are_dropped_and_counted(tmp_path):
+def test_forks_and_empty_answers_are_dropped_and_counted(tmp_path, capsys):
     good, other = f"{DIALOGUE} yes.", f"{HUMAN}something else{ASSISTANT} no."
     data = [pair(good, f"{DIALOGUE} no."), pair(good, other), pair(good, DIALOGUE), pair(good, good), pair(other, good)]
-    done, found = read(write(tmp_path / "hh.jsonl", data), "--columns", "prompt", "chosen", "rejected")
+    found = load(write(tmp_path / "hh.jsonl", data), "prompt", "chosen", "rejected")
     assert [row["rejected"] for row in found] == [" no."]
+    printed = capsys.readouterr().err
     for lost in ("1 rows", "2: answers to different prompts", "1: empty", "1: chosen equals rejected"):
-        assert lost in done.stderr
+        assert lost in printed
 
 
 GOOD = {"prompt": "p", "completion": "c"}
@@ -218,10 +240,9 @@ def test_a_column_that_is_not_asked_for_may_be_empty():
     assert len(found) == 1 and dropped == {EMPTY: 1}
 
 
-def test_one_empty_row_does_not_end_everything(tmp_path):
+def test_one_empty_row_does_not_end_everything(tmp_path, capsys):
     file = write(tmp_path / "data.jsonl", [GOOD, GOOD | {"completion": None}, GOOD | {"completion": ""}])
-    done, found = read(file)
-    assert done.returncode == 0 and len(found) == 1 and "dropped 2: empty prompt or answer" in done.stderr
+    assert len(load(file)) == 1 and "dropped 2: empty prompt or answer" in capsys.readouterr().err
 
 
 # what is in the file (or how its bytes are spoilt) -> text that the error must hold
@@ -254,118 +275,68 @@ BAD = {
 }
 
 
-def assert_error(done, culprit):
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
-    assert culprit in line
-
-
 @pytest.mark.parametrize("lines, culprit", BAD.values(), ids=BAD)
-def test_bad_data(lines, culprit, chat, tmp_path):
+def test_bad_data(lines, culprit, chat, tmp_path, capsys):
     file = write(tmp_path / "bad.jsonl", lines)
-    done, found = read(file, "--tokenizer", chat)
-    assert_error(done, culprit)
-    assert not found and str(file) in done.stderr
+    printed = fails(capsys, culprit, load, file, tokenizer=chat)
+    (line,) = printed.err.splitlines()  # the libraries add none of theirs
+    assert str(file) in line and not printed.out
 
 
-def test_damaged_files(chat, tmp_path):
+def test_damaged_files(tmp_path, capsys):
     whole = gzip.compress(b"".join(json.dumps(GOOD | {"n": n}).encode() + b"\n" for n in range(5000)))
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-400])
-    assert_error(read(tmp_path / "cut.jsonl.gz")[0], "is damaged after line")
+    printed = fails(capsys, "is damaged after line", load, tmp_path / "cut.jsonl.gz")
+    assert len(printed.err.splitlines()) == 1
     (tmp_path / "no.jsonl.gz").write_bytes(b"not gzip")
-    assert_error(read(tmp_path / "no.jsonl.gz")[0], "no.jsonl.gz")
+    fails(capsys, "no.jsonl.gz", load, tmp_path / "no.jsonl.gz")
     (tmp_path / "no.parquet").write_bytes(b"PAR1 and then nothing")
-    assert_error(read(tmp_path / "no.parquet")[0], "no.parquet")
+    printed = fails(capsys, "no.parquet", load, tmp_path / "no.parquet")
+    assert len(printed.err.splitlines()) == 1
     folder = tmp_path / "folder"
     folder.mkdir()
     write(folder / "train.jsonl", [GOOD, "{\n"])
-    assert_error(read(folder)[0], "train.jsonl, line 2")
+    fails(capsys, "train.jsonl, line 2", load, folder)
 
 
-def test_missing_things(tmp_path):
+def test_missing_things(tmp_path, capsys):
     file = write(tmp_path / "data.jsonl", [{"prompt": ASKED, "completion": [turn("assistant", "x")]}])
-    assert_error(read(file, "--tokenizer", ROOT / "data/tiny_pythia")[0], "chat template")
-    assert_error(read(file, "--tokenizer", tmp_path / "nowhere")[0], "nowhere")
+    fails(capsys, "chat template", load, file, tokenizer=BASE)
+    fails(capsys, "nowhere", load, file, tokenizer=tmp_path / "nowhere")
     folder = tmp_path / "folder"
     folder.mkdir()
-    assert_error(read(folder)[0], "folder")
+    fails(capsys, "folder", load, folder)
     write(folder / "train.jsonl", [GOOD])
-    assert_error(read(folder, "--splits", "train", "dev")[0], "'dev'")
-    assert_error(read("nobody/nothing")[0], "offline")  # conftest forbids the hub
+    fails(capsys, "'dev'", load, folder, splits=("train", "dev"))
+    write(folder / "dev.jsonl", [])
+    fails(capsys, "split 'dev'", load, folder, splits=("train", "dev"))
+    fails(capsys, "offline", load, "nobody/nothing")  # conftest forbids the hub
 
 
-def test_a_script_stops_at_bad_data_before_anything_else(tmp_path):
-    file = write(tmp_path / "bad.jsonl", [GOOD, GOOD | {"completion": 3}])
-    flags = ("--dataset", file, "--base-model", ROOT / "data/tiny_pythia")
-    done = run_script("sft.py", *flags, cwd=tmp_path, check=False)
-    assert_error(done, "row 1, column 'completion'")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl"]
-
-
-def test_a_long_post_loses_its_end_at_a_newline(capsys):
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia")
-    head = "SUBREDDIT: r/tifu\nTITLE: a title\nPOST: "
-    paragraphs = [
-        "my boss broke my bike. i feel sad.",
-        "it rained all day. we had rice.",
-        "should i sue them? it was in march.",
-    ]
-    text = f"{head}{chr(10).join(paragraphs)}\nTL;DR:"
-    allowed = [f"{head}{chr(10).join(paragraphs[:count])}\nTL;DR:" for count in (3, 2, 1)]
-    allowed.append(f"{head}my boss broke my bike.\nTL;DR:")  # within a paragraph, at the end of a sentence
-    lengths = [len(tokenizer(part).input_ids) for part in allowed]
-    for limit in range(lengths[-1], lengths[0] + 1):
-        (ids,) = ppo.encode(tokenizer, [text], "prompts", limit)
-        best = next(part for part, length in zip(allowed, lengths) if length <= limit)
-        assert tokenizer.decode(ids) == best
-        assert ("1 of 1 prompts" in capsys.readouterr().out) == (limit < lengths[0])
-    (ids,) = ppo.encode(tokenizer, [text], "prompts", lengths[-1] - 1)  # nothing left to leave out: from the left
-    assert len(ids) == lengths[-1] - 1 and tokenizer.decode(ids).endswith("\nTL;DR:")
-
-
-def test_a_post_of_many_paragraphs_is_cut_at_once():
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia")
-    calls = []
-
-    def counting(*args, **kwargs):
-        calls.append(args)
-        return tokenizer(*args, **kwargs)
-
-    counting.__dict__ |= {name: getattr(tokenizer, name) for name in ("decode", "eos_token_id", "bos_token_id")}
-    post = "\n".join(["my boss broke my bike."] * 4000)
-    text = f"SUBREDDIT: r/tifu\nTITLE: a title\nPOST: {post}\nTL;DR: "  # white space at the end changes nothing
-    (ids,) = ppo.encode(counting, [text], "prompts", 128)
-    assert tokenizer.decode(ids).startswith("SUBREDDIT: r/tifu\nTITLE: a title\nPOST: my boss")
-    assert tokenizer.decode(ids).endswith("bike.\nTL;DR: ") and 110 < len(ids) <= 128 and len(calls) < 20
-
-
-def test_a_cut_keeps_the_bos_of_the_tokenizer():
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia")
-    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
-    begin = [("<|begin|>", tokenizer.bos_token_id)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|begin|> $A", special_tokens=begin)
-    whole = tokenizer("my boss broke my bike")["input_ids"]
-    for limit in range(1, len(whole) + 1):
-        (ids,) = ppo.encode(tokenizer, ["my boss broke my bike"], "prompts", limit)
-        assert ids == whole[:1] + whole[len(whole) - limit + 1 :]
-
-
-def test_files_that_cannot_be_read(tmp_path):
+def test_files_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "data.csv").write_text("prompt,completion\np,c\n")
-    assert_error(read(tmp_path / "data.csv")[0], "only .jsonl, .json and .parquet, also .gz")
+    fails(capsys, "only .jsonl, .json and .parquet, also .gz", load, tmp_path / "data.csv")
     script = tmp_path / "feedback"  # as of openai/summarize_from_feedback
     script.mkdir()
     (script / "feedback.py").touch()
-    assert_error(read(script)[0], "scripts are no longer supported")
+    fails(capsys, "scripts are no longer supported", load, script)
 
 
+def test_ctrl_c_means_again_what_it_meant(tmp_path, capsys):
+    handler = signal.getsignal(signal.SIGINT)
+    load(write(tmp_path / "data.jsonl", [GOOD]))
+    assert signal.getsignal(signal.SIGINT) is handler
+    fails(capsys, "no rows", load, write(tmp_path / "none.jsonl", []))
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+# as a program
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux how far the process is")
 def test_ctrl_c_is_one_line(tmp_path):
     file = write(tmp_path / "data.jsonl", [GOOD] * 100_000)  # takes seconds
     process = subprocess.Popen(
-        [sys.executable, ROOT / "data/rows.py", file],
+        [sys.executable, "-m", "plumbing.rows", file],
+        cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -377,13 +348,122 @@ def test_ctrl_c_is_one_line(tmp_path):
     assert process.communicate()[1] == "interrupted\n" and process.returncode == 130
 
 
-def test_hh(tmp_path):
+def test_rows_are_printed_and_head_may_stop_early(tmp_path):
+    file = write(tmp_path / "data.jsonl", [GOOD | {"n": n} for n in range(20_000)])  # more than a pipe holds
+    command = [sys.executable, "-m", "plumbing.rows", file, "--splits", "train", "test", "--columns", "prompt"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert json.loads(process.stdout.readline()) == {"split": "train", "row": GOOD | {"n": 0}}
+    process.stdout.close()  # as head does
+    assert "20000 rows" in (errors := process.stderr.read()) and "Traceback" not in errors and "Broken" not in errors
+    assert process.wait() == 0
+
+
+# text that is too long; responses and EOS
+def test_long_prompts_are_cut_from_the_left(capsys):
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    prompts = [row["prompt"] for row in read_rows(ROOT / "data/tldr_mini/reference/test.jsonl")[:9]]
+    texts = [f"\n\nHuman: {prompt} And?\n\nAssistant:" for prompt in prompts]  # no TL;DR prompt any more
+    whole = encode(tokenizer, texts, "prompts", 1000)
+    assert capsys.readouterr().out == ""
+    limit = sorted(len(ids) for ids in whole)[4]
+    assert encode(tokenizer, texts, "prompts", limit) == [ids[-limit:] for ids in whole]
+    out = capsys.readouterr().out
+    assert out.startswith("note:") and f"{sum(len(ids) > limit for ids in whole)} of 9 prompts" in out
+
+
+def test_long_responses_lose_their_end(capsys):
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    text = " my sister broke my bike"
+    whole = encode(tokenizer, [text], "responses", 1000)[0]
+    assert whole[-1] == tokenizer.eos_token_id and tokenizer.decode(whole[:-1]) == text
+    assert encode(tokenizer, [text], "responses", 3) == [whole[:3]]
+    assert "1 of 1 responses" in capsys.readouterr().out
+
+
+def test_an_eos_in_the_text_ends_the_response():
+    # a second EOS would let a reset keep the first one, and leave the policy nothing to do
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    whole, spelled, more = (" my sister", " my sister<|endoftext|>", " my sister<|endoftext|> broke")
+    (expected,) = encode(tokenizer, [whole], "responses", 20)
+    assert encode(tokenizer, [spelled, more], "responses", 20) == [expected, expected]
+
+
+def test_a_tokenizer_without_eos(capsys):
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.eos_token = None
+    fails(capsys, f"{BASE}: the tokenizer has no EOS token", encode, tokenizer, [" my sister"], "responses", 20)
+
+
+def test_every_column_is_encoded_once(capsys):
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    found = [{"prompt": "my boss", "completion": " my sister broke my bike", "draft": " my bike"} for _ in range(3)]
+    args = SimpleNamespace(prompt_length=100, response_length=4)
+    encode_rows(found, tokenizer, args, offline_ids="completion", reset_ids="completion", draft_ids="draft")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["note: 3 of 3 responses have more than 4 tokens and were cut"]
+    for row in found:
+        assert row["offline_ids"] == row["reset_ids"] == encode(tokenizer, [row["completion"]], "responses", 4)[0]
+        assert row["draft_ids"] == encode(tokenizer, [" my bike"], "responses", 4)[0] != row["reset_ids"]
+        assert row["prompt_ids"] == tokenizer("my boss")["input_ids"]
+
+
+def test_a_long_post_loses_its_end_at_a_newline(capsys):
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    head = "SUBREDDIT: r/tifu\nTITLE: a title\nPOST: "
+    paragraphs = [
+        "my boss broke my bike. i feel sad.",
+        "it rained all day. we had rice.",
+        "should i sue them? it was in march.",
+    ]
+    text = f"{head}{chr(10).join(paragraphs)}\nTL;DR:"
+    allowed = [f"{head}{chr(10).join(paragraphs[:count])}\nTL;DR:" for count in (3, 2, 1)]
+    allowed.append(f"{head}my boss broke my bike.\nTL;DR:")  # within a paragraph, at the end of a sentence
+    lengths = [len(tokenizer(part).input_ids) for part in allowed]
+    for limit in range(lengths[-1], lengths[0] + 1):
+        (ids,) = encode(tokenizer, [text], "prompts", limit)
+        best = next(part for part, length in zip(allowed, lengths) if length <= limit)
+        assert tokenizer.decode(ids) == best
+        assert ("1 of 1 prompts" in capsys.readouterr().out) == (limit < lengths[0])
+    (ids,) = encode(tokenizer, [text], "prompts", lengths[-1] - 1)  # nothing left to leave out: from the left
+    assert len(ids) == lengths[-1] - 1 and tokenizer.decode(ids).endswith("\nTL;DR:")
+
+
+def test_a_post_of_many_paragraphs_is_cut_at_once():
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    calls = []
+
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return tokenizer(*args, **kwargs)
+
+    counting.__dict__ |= {name: getattr(tokenizer, name) for name in ("decode", "eos_token_id", "bos_token_id")}
+    post = "\n".join(["my boss broke my bike."] * 4000)
+    text = f"SUBREDDIT: r/tifu\nTITLE: a title\nPOST: {post}\nTL;DR: "  # white space at the end changes nothing
+    (ids,) = encode(counting, [text], "prompts", 128)
+    assert tokenizer.decode(ids).startswith("SUBREDDIT: r/tifu\nTITLE: a title\nPOST: my boss")
+    assert tokenizer.decode(ids).endswith("bike.\nTL;DR: ") and 110 < len(ids) <= 128 and len(calls) < 20
+
+
+def test_a_cut_keeps_the_bos_of_the_tokenizer():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    begin = [("<|begin|>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|begin|> $A", special_tokens=begin)
+    whole = tokenizer("my boss broke my bike")["input_ids"]
+    for limit in range(1, len(whole) + 1):
+        (ids,) = encode(tokenizer, ["my boss broke my bike"], "prompts", limit)
+        assert ids == whole[:1] + whole[len(whole) - limit + 1 :]
+
+
+def test_hh(capsys):
     """The real slice, where it is at hand: everything that is kept is a proper pair, and all rows are accounted for."""
     folder = ROOT.parent / "shared/data/hh-harmless"
     if not folder.exists():
         pytest.skip("the HH slice is not in the repository, and ../shared is not here")
-    done, found = read(folder, "--splits", "train", "test", "--columns", "prompt", "chosen", "rejected")
-    counts = [int(number) for number in re.findall(r"(\d+)(?: rows of|: )", done.stderr.replace(",", " "))]
+    found = load(folder, "prompt", "chosen", "rejected", splits=("train", "test"))
+    counts = [int(number) for number in re.findall(r"(\d+)(?: rows of|: )", capsys.readouterr().err.replace(",", " "))]
     assert sum(counts) == 1500 and len(found) > 1400
     for row in found:
         original = {name: row["prompt"] + row[name] for name in ("chosen", "rejected")}

@@ -9,21 +9,21 @@ The vocabulary has its own <|pad|>, never equal to <|endoftext|>, so that stoppi
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, PreTrainedTokenizerFast
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from plumbing.rows import load_rows
+
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write into")
-    parser.add_argument(
-        "--dataset", help="text for the tokenizer, train split, read by data/rows.py; default: the task"
-    )
+    parser.add_argument("--dataset", help="text for the tokenizer: its train split, in any shape; default: the task")
     parser.add_argument("--vocab-size", type=int, default=1024, help="of the model; the tokenizer may stop earlier")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
@@ -32,9 +32,7 @@ if __name__ == "__main__":
     files = [task / "reference" / name for name in ("train.jsonl", "shifted.jsonl")]
     rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     if args.dataset:
-        reader = [sys.executable, Path(__file__).parents[1] / "rows.py", args.dataset]
-        lines = subprocess.run(reader, stdout=subprocess.PIPE, check=True).stdout.splitlines()
-        rows = [json.loads(line)["row"] for line in lines]
+        rows = load_rows(args.dataset, "", ("train",), ("prompt", "completion"), tokenizer_path="")["train"]
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -55,9 +53,7 @@ if __name__ == "__main__":
         intermediate_size=4 * args.width,
         max_position_embeddings=512,
         rotary_pct=0.25,
-        initializer_range=round(
-            args.width**-0.5, 2
-        ),  # 1/sqrt(width); with Pythia's 0.02 the copying circuits appear too late,
+        initializer_range=round(args.width**-0.5, 2),  # with Pythia's 0.02 the copying circuits appear too late
         use_parallel_residual=True,
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,

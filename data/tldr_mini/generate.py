@@ -4,16 +4,20 @@
     python data/tldr_mini/generate.py --out DIR  # the same files somewhere else
     python data/tldr_mini/generate.py --describe # writes nothing, prints the numbers quoted in README.md
 
-Standard library only, and only `random.random()` is drawn from: its stream is fixed across Python versions, which
-`choice`, `shuffle` and `sample` do not promise. The task is described in data/tldr_mini/README.md.
+Standard library only (the rubric, which also decides labels, is plumbing/rubric.py's), and only `random.random()` is drawn
+from: its stream is fixed across Python versions, which `choice`, `shuffle` and `sample` do not promise. The task is
+described in data/tldr_mini/README.md.
 """
 
 import argparse
 import json
 import math
 import random
-import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from plumbing.rubric import rubric_score
 
 SEED = 8495  # from the paper's arXiv number, 2404.08495
 OTHER_STORY = 0.2  # share of distractors that are a whole other story; the rest are details of no importance
@@ -62,28 +66,6 @@ PHRASES = {
         "counts": (2, 3, 2, 3),
     },
 }  # fmt: skip
-
-# every word a summary may use without stating anything; the scripts that compute the rubric carry the same text
-FUNCTION_WORDS = frozenset(
-    "a about and at because but feel felt i in is it my now of on should so that the them this to was with".split()
-)
-
-
-def rubric_score(summary, facts):
-    """Quality of `summary` (text) against `facts` (the key phrases of the post), in [-1, 1]; data/tldr_mini/README.md.
-
-    +1 for each fact stated word for word, -1/2 for each repetition of a fact and for each content word that belongs
-    to no stated fact, all over the number of facts; -0.05 for each word past the length of all facts plus six.
-    """
-    words = re.findall(r"[a-z']+", summary.lower())
-    text, stated, repeated = f" {' '.join(words)} ", 0, 0
-    for fact in facts:
-        count = text.count(f" {fact} ")
-        stated, repeated = stated + (count > 0), repeated + max(0, count - 1)
-        text = text.replace(f" {fact} ", " | ")
-    unsupported = sum(word != "|" and word not in FUNCTION_WORDS for word in text.split())
-    excess = max(0, len(words) - sum(len(fact.split()) for fact in facts) - 6)
-    return max(-1.0, (stated - 0.5 * repeated - 0.5 * unsupported) / len(facts) - 0.05 * excess)
 
 
 def pick(rng, items):

@@ -1,0 +1,199 @@
+"""plumbing/models.py: models that do not fit, what is missing, and what a loaded model is like."""
+
+import json
+import os
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_errors import BASE, fails, save_random
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from plumbing import find, models
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    return save_random(tmp_path_factory.mktemp("sft"), AutoModelForCausalLM)
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    return save_random(tmp_path_factory.mktemp("reward"), AutoModelForSequenceClassification, num_labels=1)
+
+
+def load(path, tokenizer, auto_class=AutoModelForCausalLM, may_be_empty=False, seed=1, prompt_length=128, **config):
+    """load_model of a folder, with the tokenizer of another."""
+    args = SimpleNamespace(seed=seed, prompt_length=prompt_length, response_length=32, dtype="float32", shard=False)
+    tokenizer = models.load(AutoTokenizer, str(tokenizer))
+    return models.load_model(auto_class, str(path), tokenizer, args, CPU, may_be_empty, **config)
+
+
+def copy(folder, to):
+    return shutil.copytree(folder, to)
+
+
+# what fits
+def test_a_model_comes_in_float32_and_without_dropout(sft, tmp_path):
+    folder = copy(sft, tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(sft, dtype=torch.bfloat16, attention_dropout=0.5).save_pretrained(folder)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(folder / "model.safetensors").values())
+    model = load(folder, folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.config.attention_dropout == 0.5 and not any(module.training for module in model.modules())
+
+
+def test_a_value_head_may_be_new(sft, reward):
+    scalar = AutoModelForSequenceClassification
+    assert load(sft, sft, scalar, num_labels=1).score.weight.shape == (1, 64)
+    saved = load_file(reward / "model.safetensors")["score.weight"]
+    assert load(reward, sft, scalar).score.weight.equal(saved)
+
+
+def test_a_base_model_without_weights_is_said_so(sft, capsys):
+    first, again, other = (load(BASE, BASE, may_be_empty=True, seed=seed).state_dict() for seed in (1, 1, 2))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no weights" in line]
+    assert len(lines) == 3 and all(line.startswith(f"{BASE} ") for line in lines)
+    assert all(first[name].equal(again[name]) for name in first)  # the seed decides
+    assert not all(first[name].equal(other[name]) for name in first)
+    saved, found = load(sft, sft).state_dict(), load(sft, sft, may_be_empty=True).state_dict()
+    assert all(found[name].equal(tensor) for name, tensor in saved.items())
+    assert "no weights" not in capsys.readouterr().out
+
+
+# what does not
+def test_a_model_that_is_not_there(sft, capsys):
+    fails(capsys, "cannot load /no/such/model", models.load, AutoModelForCausalLM, "/no/such/model")
+    fails(capsys, "cannot load nobody/nothing", models.load, AutoTokenizer, "nobody/nothing")
+    fails(capsys, "cannot load /no/such/model", load, "/no/such/model", sft)
+
+
+def test_weights_that_cannot_be_read(sft, tmp_path, capsys):
+    cut, pickled, gone = (copy(sft, tmp_path / name) for name in ("cut", "pickled", "gone"))
+    (cut / "model.safetensors").write_bytes((sft / "model.safetensors").read_bytes()[:-1000])
+    fails(capsys, f"cannot load {cut}", load, cut, sft)
+    torch.save(load_file(sft / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    fails(capsys, "safetensors", load, pickled, sft)  # a pickle may hold a program
+    (gone / "model.safetensors").unlink()
+    fails(capsys, "safetensors", load, gone, sft)
+
+
+def test_a_folder_with_pickled_weights_is_not_empty(sft, tmp_path, capsys):
+    folder = copy(sft, tmp_path / "pickled")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    printed = fails(capsys, "safetensors", load, folder, folder, may_be_empty=True)
+    assert "holds no weights" not in printed.out  # random ones would silently take their place
+
+
+def test_another_vocabulary(sft, reward, tmp_path, capsys):
+    other = copy(reward, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(reward)
+    tokenizer.add_tokens(["unheardof"])
+    tokenizer.save_pretrained(other)
+    scalar = AutoModelForSequenceClassification
+    fails(capsys, f"{other} has another vocabulary than {sft}", load, other, sft, scalar)
+    assert load(other, other, scalar)  # by its own it can be read
+
+
+def test_too_few_embeddings(tmp_path, capsys):
+    folder = copy(BASE, tmp_path / "small")
+    config = json.loads((BASE / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))
+    message = f"{folder}: the embedding has 500 rows, the tokenizer {len(AutoTokenizer.from_pretrained(BASE))} tokens"
+    fails(capsys, message, load, folder, folder, may_be_empty=True)
+
+
+def test_too_few_positions(sft, capsys):
+    message = f"{sft} has 512 positions; --prompt-length and --response-length add up to 513"
+    fails(capsys, message, load, sft, sft, prompt_length=481)
+    assert load(sft, sft, prompt_length=480)
+
+
+def test_a_reward_model_has_one_output(sft, tmp_path, capsys):
+    scalar = AutoModelForSequenceClassification
+    fails(capsys, f"{sft} ", load, sft, sft, scalar)  # none: its value head would be random
+    two = save_random(tmp_path / "two", scalar, num_labels=2)
+    fails(capsys, f"{two} is no reward model", load, two, sft, scalar)
+
+
+def test_a_layer_that_is_not_there(sft, capsys):
+    args = SimpleNamespace(seed=1, gradient_checkpointing=False, lora_rank=2, lora_alpha=4, lora_target="nowhere,here")
+    model, frozen = load(sft, sft), load(sft, sft)
+    fails(capsys, "--lora-target nowhere,here: ", models.make_trainable, model, frozen, args)
+
+
+# what is missing
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """In an empty folder: environments and commands of the scripts that build_missing starts, which do nothing."""
+    found = SimpleNamespace(commands=[], environments=[], code=0)
+
+    def run(command, env):
+        found.commands.append(command)
+        found.environments.append(env)
+        return SimpleNamespace(returncode=found.code)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models.subprocess, "run", run)
+    return found
+
+
+SFT, REWARD = "models/sft", "models/reward"
+
+
+def test_missing_defaults_are_trained_in_order(started, capsys):
+    models.build_missing((SFT, SFT, "sft.py"), (REWARD, REWARD, "reward_model.py"))
+    scripts = [str(ROOT / name) for name in ("sft.py", "reward_model.py")]
+    assert started.commands == [[sys.executable, script] for script in scripts]
+    assert f"{REWARD} does not exist yet: running reward_model.py" in capsys.readouterr().out
+
+
+def test_what_is_there_is_not_trained_again(started):
+    os.makedirs(SFT)
+    models.build_missing((SFT, SFT, "sft.py"))
+    assert not started.commands
+
+
+def test_what_the_user_names_is_checked_first(started, sft, capsys):
+    wanted = ((SFT, SFT, "sft.py"), ("no/such/reward", REWARD, "reward_model.py"))
+    fails(capsys, "cannot load no/such/reward", models.build_missing, *wanted)
+    assert not started.commands
+    models.build_missing((str(sft), SFT, "sft.py"))  # named and there
+    assert not started.commands
+
+
+def test_training_that_fails_ends_the_program(started, capsys):
+    started.code = 1
+    wanted = ((SFT, SFT, "sft.py"), (REWARD, REWARD, "reward_model.py"))
+    fails(capsys, "sft.py did not finish", models.build_missing, *wanted)
+    assert len(started.commands) == 1
+
+
+def test_one_process_of_torchrun_trains_alone(started, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    models.build_missing((SFT, SFT, "sft.py"))
+    assert not started.commands
+    monkeypatch.setenv("RANK", "0")
+    models.build_missing((SFT, SFT, "sft.py"))
+    (environment,) = started.environments
+    assert "PATH" in environment and not {"RANK", "WORLD_SIZE"} & environment.keys()
+
+
+# from another working directory
+def test_what_the_repository_brings_along_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find("data/tldr_mini/reference") == str(ROOT / "data/tldr_mini/reference")
+    assert load("data/tiny_pythia", "data/tiny_pythia", may_be_empty=True)
+    others = ("data/nowhere", "models/sft", str(tmp_path), "nobody/nothing", "data")
+    assert [find(path) for path in others] == list(others)
+    (tmp_path / "data/tldr_mini/reference").mkdir(parents=True)
+    assert find("data/tldr_mini/reference") == "data/tldr_mini/reference"  # one's own comes first
