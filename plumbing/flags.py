@@ -68,7 +68,8 @@ def parse(Args, common, saved):
 def read_args(Args, may_be_0="", trains=True):
     """The command line, checked; with --resume the flags of that run, of which few may be given another value.
 
-    trains: with the flags of a run that can be resumed, sharded, adapted. Numbers must be above 0, those named in may_be_0 at least 0; missing_eos_score alone may be negative.
+    trains: with the flags of a run that can be resumed, sharded, adapted. Numbers must be above 0, those named in
+    may_be_0 at least 0; missing_eos_score alone may be negative.
     """
     common = RunArgs if trains else MachineArgs
     args = parse(Args, common, {})

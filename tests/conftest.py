@@ -68,6 +68,7 @@ def run_here(name, *flags, cwd, check=True):
     script.__file__ = str(ROOT / name)  # there and in the text below it tyro looks for what the flags mean
     command = [script.__file__, *(str(flag) for flag in flags)]
     code = None
+    gc.freeze()  # what is there already need not be looked through below
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ), torch_as_it_was(), signals_as_they_were():
         patch.chdir(cwd)
         patch.setattr(sys, "argv", command)
@@ -80,6 +81,7 @@ def run_here(name, *flags, cwd, check=True):
         finally:
             vars(script).clear()  # caches hold on to Args and so to all of them; but locks and models must go now,
             gc.collect()  # as they would with a process
+            gc.unfreeze()
     if isinstance(code, str):  # sys.exit of a message
         print(code, file=err)
         code = 1

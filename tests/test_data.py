@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, read_rows
+from conftest import ROOT, read_rows, run_here
 from transformers import AutoTokenizer
 
 from plumbing.rubric import rubric_score
@@ -39,6 +39,20 @@ def test_the_base_model_can_be_rebuilt(tmp_path):
     assert (tmp_path / "tokenizer.json").read_bytes() == (BASE / "tokenizer.json").read_bytes()
     built, committed = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, BASE))
     assert built | {"transformers_version": ""} == committed | {"transformers_version": ""}
+
+
+def test_a_base_model_for_other_data(tmp_path):
+    """In any shape that the scripts read; here whole dialogues."""
+    dialogue = "\n\nHuman: what do zebras eat?\n\nAssistant:"
+    rows = [{"chosen": f"{dialogue} zebras eat grass", "rejected": f"{dialogue} no idea"}] * 3
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ("--vocab-size", 400, "--width", 32, "--layers", 1)
+    run_here("data/tiny_pythia/build.py", "--out", tmp_path / "base", "--dataset", tmp_path, *sizes, cwd=tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    assert tokenizer.tokenize(" zebras grass") == ["Ġzebras", "Ġgrass"]
+    assert len(tokenizer) <= 400
+    assert [config[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")] == [400, 32, 1]
 
 
 def test_the_dataset_is_small():

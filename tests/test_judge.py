@@ -1,22 +1,20 @@
 """judge.py: formulas against slow versions, runs on the small chain, and the api judge against scripted servers."""
 
 import contextlib
-import io
 import json
 import math
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -29,12 +27,14 @@ import pytest
 import torch
 import transformers
 from chat_server import ChatServer, Reply, said, verdict
-from conftest import ROOT, random_model, read_rows, run_script, write_dataset
+from conftest import ROOT, random_model, read_rows, run_here, run_script, write_dataset
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
 import judge
+from plumbing import chat
+from plumbing.flags import MachineArgs
 
 
 # formulas
@@ -54,7 +54,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     covered = 0
     for _ in range(runs):
         values = rng.choice(list(chances), size=n, p=list(chances.values()))
-        low, high = judge.bootstrap_interval(np.mean, rng, values)
+        low, high = judge.bootstrap_interval(np.mean, rng, values, num_resamples=500)
         covered += low <= 0.45 <= high
     assert abs(covered / runs - 0.95) < 3 * math.sqrt(0.95 * 0.05 / runs)  # an interval of 92% would fail
 
@@ -158,7 +158,7 @@ def test_a_pair_without_both_verdicts_is_no_pair(pair):
 
 def test_retry_delay():
     def delay(value):
-        return judge.retry_delay(SimpleNamespace(headers={} if value is None else {"retry-after": value}), -7.0)
+        return chat.retry_delay(SimpleNamespace(headers={} if value is None else {"retry-after": value}), -7.0)
 
     def date(**later):
         return format_datetime(datetime.now(UTC) + timedelta(**later), usegmt=True)
@@ -168,7 +168,7 @@ def test_retry_delay():
     assert delay(date(hours=-5)) == pytest.approx(-5 * 3600, abs=600)
     for nothing in (None, "", "soon", "-1", "1.5", "\u00b2", "32 Foo 2030"):
         assert delay(nothing) == -7.0
-    assert judge.retry_delay(None, -7.0) == -7.0  # no answer at all
+    assert chat.retry_delay(None, -7.0) == -7.0  # no answer at all
 
 
 # what the judge is asked, and what is read from its answer
@@ -274,36 +274,17 @@ def setup(models, tmp_path_factory):
     flags = ("--dataset", dataset, "--sft-path", models.sft, "--reward-path", models.reward, "--response-length", 16)
     short = ("--total-episodes", 32, "--batch-size", 16, "--minibatch-size", 16, "--learning-rate", 1e-3)
     output = folder / "ppo"
-    run_script("ppo.py", *flags, *short, "--run-name", "ppo", "--output-dir", output, cwd=folder)
+    run_here("ppo.py", *flags, *short, "--run-name", "ppo", "--output-dir", output, cwd=folder)
     ppo_result = json.loads((folder / "runs" / "ppo" / "result.json").read_text())
     policies = (str(models.sft), str(output))
     return SimpleNamespace(folder=folder, dataset=dataset, flags=flags, policies=policies, ppo_result=ppo_result)
 
 
-def run_here(*flags, cwd):
-    """judge.py as `python judge.py` runs it, but in this process: the imports of a new one take most of its time."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        tempfile.TemporaryFile("w+") as err_of_rows,  # data/rows.py is a process and writes to the file descriptor
-    ):
-        patch.setattr(sys, "argv", ["judge.py", *(str(flag) for flag in flags)])
-        patch.chdir(cwd)
-        stderr = os.dup(2)
-        os.dup2(err_of_rows.fileno(), 2)
-        try:
-            runpy.run_path(str(ROOT / "judge.py"), run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-        err_of_rows.seek(0)
-        err.write(err_of_rows.read())
+def judge_run(*flags, cwd):
+    """judge.py in this process; -> what run_here returns."""
+    done = run_here("judge.py", *flags, cwd=cwd, check=False)
     huggingface_hub.close_session()  # the next one is made anew, as in a process of its own
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+    return done
 
 
 def read_run(done, folder, name):
@@ -324,7 +305,7 @@ def read_run(done, folder, name):
 def judge_here(setup, name, *flags, folder=None, policies=None):
     folder = folder or setup.folder
     command = (*setup.flags, "--policies", *(policies or setup.policies), "--run-name", name, *flags)
-    return read_run(run_here(*command, cwd=folder), folder, name)
+    return read_run(judge_run(*command, cwd=folder), folder, name)
 
 
 def table_cells(table):
@@ -405,9 +386,14 @@ def slow_scores(path, texts):
     return scores
 
 
+def flag_names():
+    return {field.name for kind in (judge.Args, MachineArgs) for field in fields(kind)}
+
+
 def test_what_a_run_leaves_and_prints(setup, first):
     assert sorted(file.name for file in first.dir.iterdir()) == ["args.json", "result.json", "table.md"]
     saved = json.loads((first.dir / "args.json").read_text())
+    assert saved["script"] == "judge.py" and saved.keys() - {"script"} == flag_names()
     assert saved["temperature"] == 1.0 and saved["policies"] == list(setup.policies)
     assert first.table in first.stdout
     assert f"{PROMPTS} prompts of test" in first.table and "judge: exact rubric" in first.table
@@ -490,15 +476,9 @@ def test_other_splits_and_fewer_prompts(setup, first):
     assert [line["prompt"] for line in another.rows[setup.policies[0]]] != prompts
 
 
-def test_without_rouge_score(setup, first, tmp_path):
-    package = tmp_path / "rouge_score"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise ImportError('not here')\n")
-    command = [sys.executable, ROOT / "judge.py", *setup.flags, "--temperature", 1.0, "--policies", *setup.policies]
-    command = [str(part) for part in (*command, "--run-name", "no_rouge")]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=setup.folder, env=environment, capture_output=True, text=True)
-    run = read_run(done, setup.folder, "no_rouge")
+def test_without_rouge_score(setup, first, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)  # to import it fails now
+    run = judge_here(setup, "no_rouge", "--temperature", 1.0)
     assert "No ROUGE: pip install rouge-score" in run.table
     for path, cells in table_cells(run.table).items():
         assert [cells[f"{name} %"] for name in ("rouge1", "rouge2", "rougeL")] == ["-"] * 3
@@ -660,7 +640,7 @@ def assert_error(done, culprit):
 def test_bad_input_is_one_line(change, culprit, setup, tmp_path):
     command = (*setup.flags, "--policies", setup.policies[0], *change(setup, tmp_path))
     before = sorted(tmp_path.iterdir())
-    line = assert_error(run_here(*command, cwd=tmp_path), culprit)
+    line = assert_error(judge_run(*command, cwd=tmp_path), culprit)
     assert "hush" not in line
     assert sorted(tmp_path.iterdir()) == before  # no runs/, no models/
 
@@ -669,13 +649,34 @@ def test_an_existing_run_is_not_touched(setup, tmp_path):
     file = tmp_path / "runs" / "taken" / "table.md"
     file.parent.mkdir(parents=True)
     file.write_text("kept\n")
-    assert_error(run_here(*setup.flags, "--run-name", "taken", cwd=tmp_path), "taken")
+    assert_error(judge_run(*setup.flags, "--run-name", "taken", cwd=tmp_path), "taken")
     assert [path.name for path in file.parent.iterdir()] == [file.name] and file.read_text() == "kept\n"
+
+
+@pytest.mark.parametrize("place", ["cache", "cache/inner", "runs/judge_cache"])
+def test_a_cache_that_cannot_be_written(place, setup, tmp_path):
+    file = tmp_path / place.split("/")[0]
+    file.write_text("kept\n")
+    done = judge_run(*setup.flags, "--policies", setup.policies[0], "--cache-dir", place, cwd=tmp_path)
+    assert f"error: cannot write {place}/" in assert_error(done, place)
+    assert "batch" not in done.stderr and "completions" not in done.stdout  # it shows before the work is done
+    assert list(tmp_path.iterdir()) == [file] and file.read_text() == "kept\n"
+
+
+def test_a_run_that_cannot_be_written(setup, first, cache):
+    (cache / "runs").write_text("kept\n")
+    command = (*setup.flags, "--temperature", 1.0, "--policies", *setup.policies, "--run-name", "nowhere")
+    done = judge_run(*command, "--cache-dir", cache / "cache", cwd=cache)
+    assert "error: cannot write in runs/nowhere" in assert_error(done, "runs/nowhere")
+    assert (cache / "runs").read_text() == "kept\n"
+    assert not list(cache.rglob("*.tmp"))
+    (cache / "runs").unlink()
+    assert judge_run(*command, "--cache-dir", cache / "cache", cwd=cache).returncode == 0
 
 
 def test_nothing_is_trained_before_the_rest_is_checked(setup, tmp_path):
     # models/sft is missing here, so that a late check would show as a training run
-    done = run_here(*setup.flags, "--policies", "models/sft", "no/such", cwd=tmp_path)
+    done = judge_run(*setup.flags, "--policies", "models/sft", "no/such", cwd=tmp_path)
     assert_error(done, "no/such")
     assert "running" not in done.stdout and not (tmp_path / "models").exists()
 
@@ -688,7 +689,7 @@ def test_a_damaged_file_of_verdicts(damage, setup, first):
     file.write_bytes(whole + damage + whole)
     before, content = set((setup.folder / "runs").iterdir()), file.read_bytes()
     command = (*setup.flags, "--temperature", 1.0, "--policies", *setup.policies, *API)
-    done = run_here(*command, "--api-base-url", closed_url(), cwd=setup.folder)
+    done = judge_run(*command, "--api-base-url", closed_url(), cwd=setup.folder)
     assert_error(done, "verdicts.jsonl is damaged")
     assert set((setup.folder / "runs").iterdir()) == before and file.read_bytes() == content
     file.unlink()
@@ -866,7 +867,7 @@ def test_which_key_is_sent(key, sent, setup, cache, monkeypatch):
 FEW = [(f"post {n}", f"first {n}", f"second {n * 7 % 5}") for n in range(5)]
 
 
-def collect(server, folder, questions=FEW, trusted=False, options=(), **settings):
+def collect(server, folder, questions=FEW, options=(), **settings):
     """collect_verdicts on some questions -> verdicts in their order."""
     url = server if isinstance(server, str) else server.url
     settings = {"api_backoff": 0.01, "api_timeout": 20.0} | settings
@@ -876,7 +877,7 @@ def collect(server, folder, questions=FEW, trusted=False, options=(), **settings
     (folder / "cache").mkdir(exist_ok=True)
     file = str(folder / "cache" / "verdicts.jsonl")
     try:
-        found = judge.collect_verdicts(requests, file, trusted, args, dict(options))
+        found = chat.collect_verdicts(requests, file, args, dict(options), judge.parse_verdict, judge.ASK_AGAIN)
     finally:
         huggingface_hub.close_session()
     assert set(found) == set(requests)
@@ -1012,7 +1013,7 @@ def test_refusals_without_end_are_not_about_the_texts(judged, tmp_path, capsys):
     questions = [(f"post {n}", "first", "second") for n in range(100)]
     with ChatServer(lambda request: honest(request) if len(server.requests) <= judged else Reply(400)) as server:
         with pytest.raises(SystemExit):
-            collect(server, tmp_path, questions, api_concurrency=1, trusted=True)
+            collect(server, tmp_path, questions, api_concurrency=1)
         assert len(server.requests) - judged in (20, 21)  # the next may be on its way
     lines = read_verdicts(tmp_path)
     assert len(lines) == judged and all(line["verdict"] for line in lines)
@@ -1020,11 +1021,12 @@ def test_refusals_without_end_are_not_about_the_texts(judged, tmp_path, capsys):
 
 
 def test_few_refusals_and_nothing_else(tmp_path, capsys):
-    with ChatServer(lambda request: Reply(400)) as server:
+    with ChatServer(lambda request: honest(request) if request.texts == FEW[3] else Reply(400)) as server:
         with pytest.raises(SystemExit):
             collect(server, tmp_path, FEW[:3])
         assert read_verdicts(tmp_path) == [] and "refuses" in capsys.readouterr().err
-        assert collect(server, tmp_path, FEW[:3], trusted=True) == [None] * 3
+        assert collect(server, tmp_path, FEW[3:4]) == [EXPECTED[3]]  # now it is known to judge
+        assert collect(server, tmp_path, [FEW[3], *FEW[:3]]) == [EXPECTED[3], None, None, None]
 
 
 def test_a_filtered_reply_is_not_asked_for_again_and_an_empty_one_not_quoted(tmp_path):
@@ -1146,10 +1148,10 @@ def test_no_verdict_at_all(setup, cache):
 def test_a_server_that_is_not_there_yet(setup, first, cache):
     url = closed_url()
     flags = (*api_flags(url, cache, api_tries=2), "--policies", setup.policies[0], "--run-name", "late")
-    assert_error(run_here(*setup.flags, *flags, cwd=cache), url)
+    assert_error(judge_run(*setup.flags, *flags, cwd=cache), url)
     assert not (cache / "runs").exists() and read_verdicts(cache) == []
     with ChatServer(honest, port=int(url.split(":")[2].split("/")[0])) as server:
-        run = read_run(run_here(*setup.flags, *flags, cwd=cache), cache, "late")
+        run = read_run(judge_run(*setup.flags, *flags, cwd=cache), cache, "late")
         assert len(server.requests) == len(needed(run.rows))
     assert_all_judged(run, read_verdicts(cache))
 
@@ -1158,10 +1160,10 @@ def test_too_many_requests_are_refused_beforehand(setup, first, cache):
     count = len(needed({"": first.rows[setup.policies[0]]}))
     flags = (*setup.flags, "--policies", setup.policies[0], "--run-name", "limit")
     with ChatServer(honest) as server:
-        done = run_here(*flags, *api_flags(server, cache, max_requests=count - 1), cwd=cache)
+        done = judge_run(*flags, *api_flags(server, cache, max_requests=count - 1), cwd=cache)
         assert_error(done, f"--max-requests {count - 1}")
         assert not server.requests and not (cache / "runs").exists()
-        done = run_here(*flags, *api_flags(server, cache, max_requests=count), cwd=cache)
+        done = judge_run(*flags, *api_flags(server, cache, max_requests=count), cwd=cache)
         assert done.returncode == 0 and len(server.requests) == count
 
 
@@ -1170,14 +1172,14 @@ def test_repeated_tries_count_as_requests(setup, first, cache):
     count = len(needed({"": first.rows[setup.policies[0]]}))
     flags = (*setup.flags, "--policies", setup.policies[0], "--run-name", "limit")
     with ChatServer(lambda request: honest(request) if server.tries(request) > 1 else Reply(503)) as server:
-        done = run_here(*flags, *api_flags(server, cache, max_requests=count), cwd=cache)
+        done = judge_run(*flags, *api_flags(server, cache, max_requests=count), cwd=cache)
         assert_error(done, f"--max-requests {count}")
         assert len(server.requests) == count and not (cache / "runs").exists()
         kept = read_verdicts(cache)
         answered = {request.texts for request in server.requests if server.tries(request) > 1}
         assert 0 < len(kept) == len(answered) < count
         assert f"{len(kept)} of {count} verdicts" in done.stderr
-        run = read_run(run_here(*flags, *api_flags(server, cache), cwd=cache), cache, "limit")
+        run = read_run(judge_run(*flags, *api_flags(server, cache), cwd=cache), cache, "limit")
         assert not {request.texts for request in server.requests[count:]} & answered
     assert read_verdicts(cache)[: len(kept)] == kept
     assert_all_judged(run, read_verdicts(cache))
@@ -1379,7 +1381,7 @@ def test_a_real_server(setup, first, cache):
     with serve(model) as url:
         flags = ("--temperature", 1.0, "--judge", "api", "--api-base-url", url, "--api-model", model)
         command = (*setup.flags, *flags, *small, "--policies", *sft, "--run-name", "real")
-        run = read_run(run_script("judge.py", *command, cwd=cache), cache, "real")
+        run = read_run(judge_run(*command, cwd=cache), cache, "real")
     lines = read_rows(cache / "runs" / "judge_cache" / "verdicts.jsonl")
     assert {(line["a"], line["b"]): line["verdict"] for line in lines} == {
         texts[1:]: letter for texts, letter in replies.items()

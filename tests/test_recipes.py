@@ -1,6 +1,6 @@
 """The recipes' dry runs on local files of the hub's shapes, dry_run.py's counts and errors, the GPU script's small mode.
 
-Each command of a recipe is run here, in this process; that the recipes do it themselves is a slow test.
+Each command of a recipe is run in this process; that the longer recipes do it themselves is a slow test.
 """
 
 import json
@@ -89,8 +89,10 @@ def test_every_step_of_a_recipe_would_start(recipe, hub, tmp_path):
     """The same commands as without --dry-run, of which each finds what the one before it would have made."""
     steps = commands(recipe, hub, tmp_path)
     assert [words[0] for words in steps] == list(RECIPES[recipe])
+    dry_steps = commands(recipe, hub, tmp_path, "--dry-run")
+    assert len(dry_steps) == len(steps) and not os.listdir(hub["TMPDIR"])  # where the chain was
     (tmp_path / "run").mkdir()
-    for words, (dry, *rest) in zip(steps, commands(recipe, hub, tmp_path, "--dry-run")):
+    for words, (dry, *rest) in zip(steps, dry_steps):
         own = rest[: -len(words)]  # of dry_run.py
         assert dry == "benchmark/dry_run.py" and rest[len(own) :] == words
         if own[0] == "--chain":  # the recipe has removed its folder
@@ -101,8 +103,9 @@ def test_every_step_of_a_recipe_would_start(recipe, hub, tmp_path):
         assert len(re.findall(r"^total +\d", done.stdout, re.MULTILINE)) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=pytest.mark.slow if len(steps) > 1 else ()) for name, steps in RECIPES.items()]
+)
 def test_dry_run_of_a_recipe(recipe, hub):
     before = {path for path in ROOT.glob("*/*") if path.parent.name in ("runs", "models")}
     environment = os.environ | hub | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
