@@ -25,25 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 # plumbing/plain.py says in a few lines what each of these names stands for
 from plumbing import fail
 from plumbing.flags import read_args
-from plumbing.models import (
-    build_missing,
-    load,
-    load_model,
-    make_trainable,
-    merge,
-    output_head,
-    save_model,
-    selected_logprobs,
-    trainable,
-)
-from plumbing.processes import (
-    gradient_norm,
-    in_chunks,
-    in_parts,
-    micro_batches,
-    start_processes,
-    sum_over_processes,
-)
+from plumbing.logits import output_head, selected_logprobs
+from plumbing.models import build_missing, load, load_model, make_trainable, merge, save_model, trainable
+from plumbing.processes import gradient_norm, in_chunks, in_parts, micro_batches, start_processes, sum_over_processes
 from plumbing.rows import load_rows
 from plumbing.runs import Run
 from plumbing.sharding import forward_pass

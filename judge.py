@@ -31,7 +31,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from plumbing import fail
 from plumbing.chat import cached, collect_verdicts, content_id
 from plumbing.flags import read_args
-from plumbing.models import build_missing, check_model, load, load_model, output_head, selected_logprobs
+from plumbing.logits import output_head, selected_logprobs
+from plumbing.models import build_missing, check_model, load, load_model
 from plumbing.processes import go_on_alone, in_chunks, in_parts, start_processes
 from plumbing.rows import load_rows
 from plumbing.rubric import rubric_score

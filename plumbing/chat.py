@@ -18,8 +18,7 @@ from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from plumbing import fail
-from plumbing.files import write_text, writing
+from plumbing import fail, write_text, writing
 from plumbing.models import load
 from plumbing.processes import barrier, rank
 

@@ -79,7 +79,7 @@ def read_args(Args, may_be_0="", trains=True):
     for name, value in vars(args).items():
         number = type(value) in (int, float) and name != "missing_eos_score"
         if number and not (value > 0 or (value == 0 and name in may_be_0)):
-            fail(f"{flag(name)} {value} must be {'at least' if name in may_be_0 else 'above'} 0")
+            fail(f"--{name.replace('_', '-')} {value} must be {'at least' if name in may_be_0 else 'above'} 0")
     if trains and args.shard and ("RANK" not in os.environ or args.lora_rank):
         fail("--shard runs under torchrun (torchrun --nproc-per-node N SCRIPT --shard ...) and without --lora-rank")
     return args
@@ -100,9 +100,5 @@ def resumed(Args, common, args):
         old, new = saved[name], getattr(args, name)
         if new != old and not (name in MAY_GROW and new > old):
             change = "can only grow" if name in MAY_GROW else "cannot change"
-            fail(f"{flag(name)} is {old!r} in {args.resume} and {change} within a run")
+            fail(f"--{name.replace('_', '-')} is {old!r} in {args.resume} and {change} within a run")
     return args
-
-
-def flag(name):
-    return f"--{name.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""Models: loaded and checked, made trainable in little memory, read in little memory, saved."""
+"""Models: loaded and checked, made trainable in little memory, saved."""
 
 import os
 import re
@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, DynamicCache
 
-from plumbing import ROOT, fail, find
-from plumbing.files import writing
+from plumbing import ROOT, fail, find, writing
+from plumbing.logits import output_head
 from plumbing.processes import barrier, rank
 from plumbing.sharding import is_sharded, shard, whole
 
@@ -40,12 +40,12 @@ def load_model(auto_class, path, tokenizer, args, device, may_be_empty=False, **
     if may_be_empty and os.path.isdir(folder) and not any(re.search(WEIGHTS, name) for name in os.listdir(folder)):
         print(f"{path} holds no weights: initialising at random from its config")
         torch.manual_seed(args.seed)
-        model = auto_class.from_config(load(AutoConfig, path), dtype=torch.float32)
+        model, info = auto_class.from_config(load(AutoConfig, path), dtype=torch.float32), {}
     else:
-        kwargs = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **config}
-        model, info = load(auto_class, path, **kwargs)
-        check_weights(model, path, info, new_head="num_labels" in config)
+        report = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # check_weights names what does not fit
+        model, info = load(auto_class, path, dtype=torch.float32, use_safetensors=True, **report, **config)
     check_fit(model, path, tokenizer, args.prompt_length + args.response_length)
+    check_weights(model, path, info, new_head="num_labels" in config)
     sharded = getattr(args, "shard", False)  # judge.py has no --shard
     model = (model if sharded else model.to(device)).eval()
     check_reading(model, path)
@@ -56,10 +56,10 @@ def load_model(auto_class, path, tokenizer, args, device, may_be_empty=False, **
 
 def check_weights(model, path, info, new_head):
     """Ends the program at weights that the file lacks, where random numbers would stand, or has too many, or not finite."""
-    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    missing, unexpected = set(info.get("missing_keys", ())), set(info.get("unexpected_keys", ()))
     if new_head and missing == {"score.weight"}:  # in the place of the output head, which is no part of the body
         missing, unexpected = set(), {name for name in unexpected if name.startswith(f"{model.base_model_prefix}.")}
-    problems = {"lacks": missing, "has the unknown": unexpected, "has in another shape": info["mismatched_keys"]}
+    problems = {"lacks": missing, "has the unknown": unexpected, "has in another shape": info.get("mismatched_keys")}
     problems["holds NaN or infinity in"] = {name for name, p in model.named_parameters() if not p.isfinite().all()}
     for problem, names in problems.items():
         if names:
@@ -95,19 +95,6 @@ def check_reading(model, path):
         fail(f"{path}: {type(model).__name__} cannot be read as a decoder with a cache: {str(error).splitlines()[0]}")
     if not all(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3) for ours, theirs in pairs):
         fail(f"{path}: {type(model).__name__} does more, before or behind its output head, than is supported here")
-
-
-def output_head(model):
-    """hidden (N, d) -> logits (N, V): the head, and the scale or soft cap that some models (Cohere, Granite, Gemma) add."""
-    config, head = model.config, model.get_output_embeddings()
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1
-    scale, cap = (
-        scale / (getattr(config, "logits_scaling", None) or 1),
-        getattr(config, "final_logit_softcapping", None),
-    )
-    if cap:
-        return lambda hidden: cap * torch.tanh(head(hidden) * scale / cap)
-    return head if scale == 1 else lambda hidden: head(hidden) * scale
 
 
 def check_model(auto_class, path, tokenizer, length):
@@ -210,36 +197,6 @@ def trainable(**models):
     """Name -> parameter of everything that is trained."""
     named = {kind: model.named_parameters() for kind, model in models.items()}
     return {f"{kind}.{name}": p for kind, pairs in named.items() for name, p in pairs if p.requires_grad}
-
-
-class TokenLogprob(torch.autograd.Function):
-    """log_softmax(logits / temperature) at the tokens: (N, V), (N,) -> (N,), and no second tensor of that size is made.
-
-    note: the backward pass writes the gradient over the logits, some rows at a time, so it can run only once.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, tokens, temperature):
-        ctx.save_for_backward(logits, tokens)
-        ctx.temperature, ctx.rows = temperature, 1 + 2**21 // logits.shape[1]  # 8 MiB at once stay in a CPU's cache
-        parts = zip(logits.split(ctx.rows), tokens.split(ctx.rows))
-        return -torch.cat([F.cross_entropy(part.float() / temperature, aim, reduction="none") for part, aim in parts])
-
-    @staticmethod
-    def backward(ctx, gradient):
-        all_logits, tokens = ctx.saved_tensors
-        columns = (tokens.unsqueeze(-1), gradient.unsqueeze(-1) / ctx.temperature)  # each (N, 1)
-        for logits, aim, upper in zip(*(tensor.split(ctx.rows) for tensor in (all_logits, *columns))):
-            probs = (logits.float() / ctx.temperature).softmax(-1)
-            logits.copy_(probs.mul_(-upper).scatter_add_(-1, aim, upper))
-        return all_logits, None, None
-
-
-def selected_logprobs(head, hidden, tokens, temperature):
-    """log_softmax(head(hidden) / temperature) at the tokens: hidden (N, d), tokens (N,) -> (N,)."""
-    rows = len(tokens) if torch.is_grad_enabled() else 256  # without gradients, logits need not live on
-    parts = zip(hidden.split(rows), tokens.split(rows))
-    return torch.cat([TokenLogprob.apply(head(part), aim, temperature) for part, aim in parts])
 
 
 def save_model(path, model, tokenizer):

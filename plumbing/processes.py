@@ -13,7 +13,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from plumbing import fail
-from plumbing.flags import flag
 
 
 def rank():
@@ -36,7 +35,7 @@ def start_processes(args, **shared):
             sys.stdout = open(os.devnull, "w")
     for name, size in shared.items():
         if size % world():
-            fail(f"{flag(name)} {size} must be a multiple of the {world()} processes")
+            fail(f"--{name.replace('_', '-')} {size} must be a multiple of the {world()} processes")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors, read at the first of them
     torch.set_autocast_dtype(device.type, torch.bfloat16)
     torch.set_autocast_cache_enabled(False)  # note: its copies of the weights would outlive an optimizer step

@@ -235,6 +235,7 @@ def load_rows(dataset, config, splits, columns, tokenizer_path, limit=0):
     if ours:
         signal.signal(signal.SIGINT, interrupted)
     try:
+        splits = dict.fromkeys(splits)  # each is read once
         return {split: load_split(dataset, config, split, columns, tokenizer_path, limit) for split in splits}
     finally:  # also where bad data ends a cell of a notebook and not the process
         if ours:

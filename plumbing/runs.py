@@ -19,8 +19,7 @@ import torch.distributed as dist
 from filelock import FileLock
 from tqdm import tqdm
 
-from plumbing import fail
-from plumbing.files import write_text, writing
+from plumbing import fail, write_text, writing
 from plumbing.processes import barrier, rank, sum_over_processes, world
 from plumbing.sharding import fill, split_like, whole
 from plumbing.speed import matmul_rate

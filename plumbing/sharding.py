@@ -5,7 +5,7 @@ same files as without --shard, so a run may go on with more processes, fewer, or
 decorators below do nothing.
 """
 
-from functools import wraps
+from functools import partial, wraps
 from types import MethodType
 
 import torch
@@ -37,8 +37,11 @@ def sharded_parts(model):
     return [module for module in model.modules() if is_sharded(module)]
 
 
-def forward_pass(function):
-    """function(model, ...), one forward pass: while it runs, sharded weights that belong to no layer are whole."""
+def forward_pass(function, many=False):
+    """function(model, ...), one forward pass: while it runs, sharded weights that belong to no layer are whole.
+
+    With `many` passes in a row the whole model is gathered once, not once per layer and token.
+    """
 
     @wraps(function)
     def call(model, *args, **kwargs):
@@ -50,27 +53,19 @@ def forward_pass(function):
         if not hasattr(model, name):
             setattr(model, name, MethodType(function, model))
             register_fsdp_forward_method(model, name)
-        return getattr(model, name)(*args, **kwargs)
-
-    return call
-
-
-def forward_passes(function):
-    """As forward_pass, for many in a row: the whole model is gathered once, not once per layer and token."""
-    single = forward_pass(function)
-
-    @wraps(function)
-    def call(model, *args, **kwargs):
-        for part in sharded_parts(model):
+        for part in sharded_parts(model) if many else ():
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
-        result = single(model, *args, **kwargs)
-        for part in sharded_parts(model):
+        result = getattr(model, name)(*args, **kwargs)
+        for part in sharded_parts(model) if many else ():
             part.set_reshard_after_forward(part is not model, recurse=False)
             part.reshard()
         return result
 
     return call
+
+
+forward_passes = partial(forward_pass, many=True)
 
 
 def whole(tensor):

@@ -10,9 +10,8 @@ def training_flops(policy, critic, tokens, actions):
 
     Attention scores and recomputation do not count, as usual.
     """
-    body = []
-    for part in (*policy.base_model.modules(), *critic.modules()):
-        body += () if isinstance(part, torch.nn.Embedding) else part.parameters(recurse=False)
+    parts = [*policy.base_model.modules(), *critic.modules()]
+    body = [p for part in parts if not isinstance(part, torch.nn.Embedding) for p in part.parameters(recurse=False)]
     head = policy.get_output_embeddings().parameters()
     return flops_per_token(body) * int(tokens) + flops_per_token(head) * int(actions)
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, random_model, read_metrics, run_here, run_script, write_dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from plumbing.files import write_text, writing
+from plumbing import write_text, writing
 
 BASE = ROOT / "data/tiny_pythia"
 TRAINING = ("ppo.py", "drpo.py", "sft.py", "reward_model.py", "dpo.py")

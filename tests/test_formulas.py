@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import ppo
 import reward_model
-from plumbing.models import selected_logprobs
+from plumbing.logits import selected_logprobs
 from plumbing.speed import matmul_rate, training_flops
 
 TEMPERATURE = 0.7

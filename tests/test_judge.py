@@ -1359,9 +1359,9 @@ def serve(folder):
 
 @pytest.mark.skipif(not is_serve_available(), reason="needs pip install transformers[serving]")
 def test_a_real_server(setup, first, cache):
-    # the served model knows the rubric's verdict on these 40 questions by heart: the api judge must agree with the
+    # the served model knows the rubric's verdict on these 24 questions by heart: the api judge must agree with the
     # rubric pair by pair. Where the rubric sees a tie, the model says A in both orders.
-    small = ("--num-prompts", 20)
+    small = ("--num-prompts", 12)
     sft = setup.policies[:1]
     exact = judge_here(setup, "exact", "--temperature", 1.0, *small, policies=sft)
     facts = {row["prompt"]: row["rubric"] for row in read_rows(setup.dataset / "test.jsonl")}
@@ -1386,7 +1386,7 @@ def test_a_real_server(setup, first, cache):
     assert {(line["a"], line["b"]): line["verdict"] for line in lines} == {
         texts[1:]: letter for texts, letter in replies.items()
     }
-    assert len(lines) == len(replies) == 40 and {line["reply"].split("\n")[0] for line in lines} == {
+    assert len(lines) == len(replies) == 24 and {line["reply"].split("\n")[0] for line in lines} == {
         "Comparison: it is clear."
     }
     assert set(wins) == {0.0, 0.5, 1.0}

@@ -8,12 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_errors import BASE, fails, save_random
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import ppo
 from plumbing import find, models
+from plumbing.tokens import pad
 
 CPU = torch.device("cpu")
 
@@ -91,6 +94,140 @@ def test_a_folder_with_pickled_weights_is_not_empty(sft, tmp_path, capsys):
     (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
     printed = fails(capsys, "safetensors", load, folder, folder, may_be_empty=True)
     assert "holds no weights" not in printed.out  # random ones would silently take their place
+
+
+def spoilt(sft, to, change):
+    """A copy of a folder with other weights: `change` takes and returns name -> tensor."""
+    folder = copy(sft, to)
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def without(part):
+    return lambda weights: {name: x for name, x in weights.items() if part not in name}
+
+
+def renamed(weights):
+    return {name.replace("gpt_neox.", "body."): x for name, x in weights.items()}
+
+
+def with_nan(weights):
+    weights["gpt_neox.final_layer_norm.weight"][3] = torch.nan
+    return weights
+
+
+CHANGES = {
+    "a layer": (without("layers.1."), "lacks gpt_neox.layers.1.attention.dense.bias"),
+    "the output head": (without("embed_out"), "lacks lm_head.weight"),
+    "the body": (renamed, "lacks gpt_neox.embed_in.weight"),
+    "one too many": (lambda weights: weights | {"extra.weight": torch.ones(2)}, "has the unknown extra.weight"),
+    "another shape": (
+        lambda weights: weights | {"gpt_neox.final_layer_norm.bias": torch.ones(3)},
+        "gpt_neox.final_layer_norm.bias",
+    ),
+    "not a number": (with_nan, "holds NaN or infinity in gpt_neox.final_layer_norm.weight"),
+}
+
+
+@pytest.mark.parametrize("change, culprit", CHANGES.values(), ids=CHANGES)
+def test_no_random_number_stands_in_for_a_weight(change, culprit, sft, tmp_path, capsys):
+    folder = spoilt(sft, tmp_path / "spoilt", change)
+    fails(capsys, culprit, load, folder, folder)
+
+
+def test_a_body_without_a_layer_is_no_start_for_a_reward_model(sft, tmp_path, capsys):
+    folder = spoilt(sft, tmp_path / "spoilt", without("layers.1."))
+    fails(capsys, "lacks gpt_neox.layers.1.", load, folder, folder, AutoModelForSequenceClassification, num_labels=1)
+
+
+def test_a_reward_model_is_no_policy_and_the_other_way_round(sft, reward, capsys):
+    fails(capsys, "lacks lm_head.weight", load, reward, reward)
+    fails(capsys, "is no reward model", load, sft, sft, AutoModelForSequenceClassification)
+
+
+# what is read: as the scripts do it, and as the model does
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+SIZES |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+READ = {
+    "gemma2": transformers.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=3.0),
+    "granite": transformers.GraniteConfig(**SIZES, logits_scaling=8.0),
+    "cohere": transformers.CohereConfig(**SIZES, logit_scale=0.07),
+    "mistral": transformers.MistralConfig(**SIZES, sliding_window=3),
+    "bloom": transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=99),
+}
+NOT_READ = {
+    "bert": (transformers.BertConfig(**SIZES, is_decoder=True), "behind its output head"),
+    "rwkv": (transformers.RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99), "folder: RwkvForCausalLM"),
+    "mamba": (transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99), "with a cache"),
+    "falcon_h1": (transformers.FalconH1Config(**SIZES), "with a cache"),
+}
+
+
+def random_of(config):
+    torch.manual_seed(4)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", READ.values(), ids=READ)
+def test_logits_are_those_of_the_model(config):
+    model, rng = random_of(config), torch.Generator().manual_seed(5)
+    models.check_reading(model, "folder")
+    prompts = [torch.randint(3, 99, (n,), generator=rng).tolist() for n in (2, 5)]
+    responses = [torch.randint(3, 99, (n,), generator=rng).tolist() for n in (4, 3)]
+    (ids, mask), (response_ids, response_mask) = pad(prompts, "left", "cpu"), pad(responses, "right", "cpu")
+    found = ppo.token_logprobs(model, ids, mask, response_ids, response_mask, response_mask, 0.7)
+    for row, (prompt, response) in enumerate(zip(prompts, responses)):
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
+        expected = logits.log_softmax(-1)[range(len(response)), response]
+        torch.testing.assert_close(found[row, : len(response)], expected, rtol=1e-4, atol=1e-4)
+    # greedy tokens, one after the other, by the model's own forward pass
+    budget = torch.full((2,), 4)
+    generated = ppo.generate(model, ids, mask, torch.full((2, 4), 0.5), budget, -1, 1e-4)
+    for row, tokens in enumerate(prompts):
+        for t in range(4):
+            tokens = [*tokens, int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax())]
+            assert generated[row, t] == tokens[-1]
+
+
+@pytest.mark.parametrize("config, culprit", NOT_READ.values(), ids=NOT_READ)
+def test_what_cannot_be_read_is_refused(config, culprit, capsys):
+    fails(capsys, culprit, models.check_reading, random_of(config), "folder")
+
+
+# bfloat16
+@torch.no_grad()
+def test_scores_are_float32_numbers_and_an_adapter_is_not_rounded_away(reward, tmp_path):
+    args = SimpleNamespace(seed=1, prompt_length=128, response_length=32, dtype="bfloat16", shard=False)
+    args = SimpleNamespace(
+        **vars(args), gradient_checkpointing=False, lora_rank=4, lora_alpha=8, lora_target="all-linear"
+    )
+    tokenizer = models.load(AutoTokenizer, str(reward))
+    scalar = AutoModelForSequenceClassification
+    model, frozen = (models.load_model(scalar, str(reward), tokenizer, args, CPU) for _ in range(2))
+    trained = models.make_trainable(model, frozen, args)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    rng = torch.Generator().manual_seed(3)
+    rows = [torch.randint(3, 1000, (12,), generator=rng).tolist() for _ in range(64)]
+    batch = (*pad([row[:6] for row in rows], "left", "cpu"), *pad([row[6:] for row in rows], "right", "cpu"))
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        adapted = ppo.sequence_scores(model, *batch)
+        models.save_model(str(tmp_path / "out"), models.merge(trained), tokenizer)
+        merged = ppo.sequence_scores(model, *batch)
+        again = ppo.sequence_scores(models.load_model(scalar, str(tmp_path / "out"), tokenizer, args, CPU), *batch)
+        without_adapter = ppo.sequence_scores(frozen, *batch)
+    exact = ppo.sequence_scores(scalar.from_pretrained(tmp_path / "out", dtype=torch.float32).eval(), *batch)
+    assert adapted.dtype == torch.float32 and not adapted.bfloat16().float().equal(adapted)
+    effect = (exact - without_adapter).std()
+    for scores in (adapted, merged, again):
+        assert (scores - exact).abs().mean() < 0.1 * effect
+    assert abs(again.mean() - merged.mean()) < 0.01 * effect
 
 
 def test_another_vocabulary(sft, reward, tmp_path, capsys):

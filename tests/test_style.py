@@ -14,7 +14,7 @@ PLUMBING = sorted((ROOT / "plumbing").glob("*.py"))
 RL = ("ppo.py", "drpo.py")
 # lines; a script that grows past its cap has caught plumbing: move that, do not raise this
 CAPS = {"sft.py": 240, "dpo.py": 240, "reward_model.py": 250, "ppo.py": 400, "drpo.py": 450, "judge.py": 500}
-PLUMBING_CAP, PLAIN_CAP, REPOSITORY_CAP, DIFF_CAP = 1450, 170, 3400, 75
+PLUMBING_CAP, PLAIN_CAP, REPOSITORY_CAP, DIFF_CAP = 1700, 170, 3660, 75
 # shared fields whose docstring may differ between scripts that train on rows, on pairs and on episodes; the type never
 DOCSTRING_MAY_DIFFER = {
     "seed": "what is drawn differs",
