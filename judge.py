@@ -18,7 +18,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from string import Template
 from typing import Literal
 
@@ -336,8 +336,9 @@ if __name__ == "__main__":
     PROMPTS, BOOTSTRAP = 1, 2  # streams: a draw is fixed by (seed, stream)
 
     # data
-    columns = ("prompt", "completion")
-    rows = load_rows(args.dataset, args.dataset_config, (args.split,), columns, args.sft_path)[args.split]
+    rows = load_rows(args.dataset, args.dataset_config, (args.split,), ("prompt", "completion"), args.sft_path)[
+        args.split
+    ]
     if not 0 <= args.num_prompts <= len(rows):
         fail(f"--num-prompts {args.num_prompts}: the split {args.split!r} has {len(rows)} rows")
     if args.num_prompts:
@@ -382,10 +383,11 @@ if __name__ == "__main__":
     settings += [args.dtype, device.type]
     content = [[row["prompt"] for row in rows], references, content_id(args.sft_path), *settings]
     generations = {}  # policy -> lines
+    ref_policy = cache(partial(load_model, causal, args.sft_path, tokenizer, args, device))  # loaded once, if at all
 
     def completions(path):
-        policy, ref_policy = (load_model(causal, name, tokenizer, args, device) for name in (path, args.sft_path))
-        lines = partial(complete, policy, ref_policy, tokenizer=tokenizer, args=args, device=device)
+        policy = load_model(causal, path, tokenizer, args, device)
+        lines = partial(complete, policy, ref_policy(), tokenizer=tokenizer, args=args, device=device)
         return [{"policy": path} | line for line in in_parts(lines, rows, args.micro_batch_size, path)]
 
     for path in args.policies:

@@ -120,7 +120,7 @@ def collect_verdicts(requests, file, args, options, read, ask_again):
             if len(refused) == 20:
                 raise Stopped(f"{args.api_base_url} refuses: {refused[0]['reply']}")
 
-    with open(file, "a", encoding="utf-8") as lines, ThreadPoolExecutor(args.api_concurrency) as pool:
+    with writing(file), open(file, "a") as lines, ThreadPoolExecutor(args.api_concurrency) as pool:  # JSON is ASCII
         jobs = [pool.submit(judge, key) for key in pending]
         try:
             progress = tqdm(as_completed(jobs), total=len(jobs), unit="verdict")

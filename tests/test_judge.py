@@ -1089,6 +1089,18 @@ def test_the_tries_are_counted(tmp_path, capsys):
     assert "4 tries failed" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        chat, "open", lambda path, mode: open("/dev/full" if mode == "a" else path, mode), raising=False
+    )
+    questions = [(f"post {n}", "first", "second") for n in range(200)]
+    with ChatServer(honest) as server, pytest.raises(SystemExit) as end:
+        collect(server, tmp_path, questions, api_concurrency=4)
+    assert end.value.code == 2 and len(server.requests) < 40  # nothing more is paid for
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert line.startswith(f"error: cannot write {tmp_path / 'cache' / 'verdicts.jsonl'}: [Errno 28]")
+
+
 @pytest.mark.parametrize("key", ["sesame-1234\n", " sesame-1234 ", "s\u00e9same-1234", "se\nsame-1234", "se same-1234"])
 def test_a_badly_pasted_key_stays_secret(key, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", key)
@@ -1361,7 +1373,7 @@ def serve(folder):
 def test_a_real_server(setup, first, cache):
     # the served model knows the rubric's verdict on these 24 questions by heart: the api judge must agree with the
     # rubric pair by pair. Where the rubric sees a tie, the model says A in both orders.
-    small = ("--num-prompts", 12)
+    small = ("--num-prompts", 12, "--seed", 4)
     sft = setup.policies[:1]
     exact = judge_here(setup, "exact", "--temperature", 1.0, *small, policies=sft)
     facts = {row["prompt"]: row["rubric"] for row in read_rows(setup.dataset / "test.jsonl")}

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, random_model, read_metrics, read_rows, run_here, run_script
+from conftest import ROOT, random_model, read_metrics, read_rows, run_here
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -275,7 +275,7 @@ def test_sharded_then_alone_then_sharded_again(models, alone, tmp_path):
     saved, plain = (torch.load(checkpoints(path / "runs/run")[3]) for path in (tmp_path, expected))
     assert shapes(saved) == shapes(plain)
     steps = [
-        lambda: run_script("drpo.py", "--resume", "run", "--no-shard", cwd=tmp_path),
+        lambda: run_here("drpo.py", "--resume", "run", "--no-shard", cwd=tmp_path),
         lambda: launch(2, "drpo.py", "--resume", "run", "--shard", cwd=tmp_path),
     ]
     for update, go_on in enumerate(steps, 1):
@@ -424,7 +424,7 @@ def test_a_full_disk_ends_a_job_with_its_reason(flags, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("a small disk can only be mounted by root")
     try:
-        command = torchrun(2, TOY, "--run-name", "run", "--save-every", 1, "--width", 450, *flags)
+        command = torchrun(2, TOY, "--run-name", "run", "--save-every", 1, "--width", 500, *flags)
         done = subprocess.run(command, cwd=disk, capture_output=True, text=True)
         assert done.returncode != 0
         assert "error: cannot write" in done.stderr and "No space left" in done.stderr

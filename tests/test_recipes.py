@@ -1,4 +1,4 @@
-"""The recipes' dry runs on local files of the hub's shapes, dry_run.py's counts and errors, the GPU script's small mode.
+"""The recipes' dry runs on local files of the hub's shapes, dry_run.py's counts and errors.
 
 Each command of a recipe is run in this process; that the longer recipes do it themselves is a slow test.
 """
@@ -167,9 +167,3 @@ def test_a_later_step_may_name_an_earlier_ones_folder(tmp_path):
     assert json.loads(chain.read_text())["a/ppo"] == planned
     done = dry_run("--chain", chain, *flags, "a/sft", cwd=tmp_path / "run")
     assert done.returncode == 2 and "is no reward model" in done.stderr
-
-
-def test_small_mode_of_the_gpu_script(tmp_path):
-    done = run_here("benchmark/pythia_1b_gpu.py", "--tiny", cwd=tmp_path)
-    assert done.stdout.count("\nok: ") == 3 and "| 3 | " in done.stdout
-    assert not list(tmp_path.iterdir())

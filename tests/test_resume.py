@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from unittest import mock
 
 import pytest
 import torch
@@ -36,13 +35,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def toy(*flags, script=TOY):
-    """The toy within this process, which saves its start, and which gives back the lock as the end of a process does."""
-    locks = []
-    with mock.patch.object(runs, "FileLock", lambda path: locks.append(FileLock(path)) or locks[-1]):
-        done = run_here(script, *flags, cwd=".", check=False)
-    for lock in locks:
-        lock.release(force=True)
-    return done
+    """The toy within this process, which saves its start."""
+    return run_here(script, *flags, cwd=".", check=False)
 
 
 def good(*flags):
@@ -279,7 +273,7 @@ def read_until(stream, text):
 
 
 def test_the_second_interrupt_ends_at_once(folder):
-    process = start(TOY, "--run-name", "impatient", "--wait", 1000)
+    process = start(TOY, "--run-name", "impatient", "--wait", 20)
     read_until(process.stderr, "0/8")  # the bar of the updates
     process.send_signal(signal.SIGTERM)
     read_until(process.stderr, "stopping after this update")
@@ -430,11 +424,11 @@ def test_stopped_and_resumed_equals_undisturbed(folder, models, script):
 
 @pytest.mark.slow
 def test_nan_in_one_reward_is_named(folder, models):
-    """drpo.py with a reward model whose embedding of one word is NaN; the word stands in one prompt alone."""
+    """drpo.py with a reward model whose embedding of one word overflows; the word stands in one prompt alone."""
     tokenizer = AutoTokenizer.from_pretrained(models.sft)
     rows = read_rows(models.reference / "train.jsonl")
     tokens = {number: set(tokenizer(row["prompt"])["input_ids"]) for number, row in enumerate(rows)}
-    spare = next(iter(set(range(5, len(tokenizer))) - set().union(*tokens.values())))
+    spare = next(iter(set(range(20, len(tokenizer))) - set().union(*tokens.values())))
     word, target = tokenizer.decode([spare]), 77
     assert tokenizer(word)["input_ids"] == [spare]
 
@@ -446,7 +440,7 @@ def test_nan_in_one_reward_is_named(folder, models):
     data = write_dataset(folder / "poisoned", "reference", (256, 32, 32), poison)
     model = AutoModelForSequenceClassification.from_pretrained(models.reward)
     with torch.no_grad():
-        model.get_input_embeddings().weight[spare] = float("nan")
+        model.get_input_embeddings().weight[spare] = 3e38 * (-1.0) ** torch.arange(64)
     model.save_pretrained(folder / "poisoned_reward")
     tokenizer.save_pretrained(folder / "poisoned_reward")
     flags = (*flags_of("drpo.py", models), "--dataset", data, "--reward-path", folder / "poisoned_reward")
