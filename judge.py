@@ -336,9 +336,8 @@ if __name__ == "__main__":
     PROMPTS, BOOTSTRAP = 1, 2  # streams: a draw is fixed by (seed, stream)
 
     # data
-    rows = load_rows(args.dataset, args.dataset_config, (args.split,), ("prompt", "completion"), args.sft_path)[
-        args.split
-    ]
+    columns = ("prompt", "completion")
+    rows = load_rows(args.dataset, args.dataset_config, (args.split,), columns, args.sft_path)[args.split]
     if not 0 <= args.num_prompts <= len(rows):
         fail(f"--num-prompts {args.num_prompts}: the split {args.split!r} has {len(rows)} rows")
     if args.num_prompts:

@@ -142,7 +142,6 @@ def collect_verdicts(requests, file, args, options, read, ask_again):
     return known | verdicts
 
 
-# files
 def content_id(path):
     """Hash of the files of a local folder; the name and commit of a model on the hub."""
     if not os.path.isdir(path):
