@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 # reading, checking, saving, resuming, processes, memory: nothing in plumbing/ decides a number of the algorithm, and
 # plumbing/plain.py says in a few lines what each of these names stands for
-from plumbing.flags import read_args, whole_batches
+from plumbing import fail
+from plumbing.flags import read_args
 from plumbing.logits import output_head, selected_logprobs
 from plumbing.models import build_missing, load, load_model, make_trainable, merge, save_model, trainable
 from plumbing.processes import gradient_norm, in_chunks, in_parts, micro_batches, start_processes, sum_over_processes
@@ -137,11 +138,13 @@ if __name__ == "__main__":
     splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path)
     splits[args.validation_split] = splits[args.validation_split][: args.eval_rows]
     train, validation = (splits[name] for name in names)
+    num_updates = args.num_epochs * len(train) // args.batch_size
+    if num_updates < 1:
+        fail(f"--num-epochs {args.num_epochs} of {len(train)} rows do not fill --batch-size {args.batch_size}")
     build_missing((args.sft_path, Args.sft_path, "sft.py"))
     tokenizer = load(AutoTokenizer, args.sft_path)
     for rows in splits.values():
         encode_rows(rows, tokenizer, args, chosen_ids="chosen", rejected_ids="rejected")
-    num_updates = whole_batches(args.num_epochs * len(train), args.batch_size)
     epochs = range(args.num_epochs)  # each a new shuffle of the train split
     order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
 

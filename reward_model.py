@@ -24,7 +24,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Dyna
 
 # reading, checking, saving, resuming, processes, memory: nothing in plumbing/ decides a number of the algorithm, and
 # plumbing/plain.py says in a few lines what each of these names stands for
-from plumbing.flags import read_args, whole_batches
+from plumbing import fail
+from plumbing.flags import read_args
 from plumbing.models import build_missing, load, load_model, make_trainable, merge, save_model, trainable
 from plumbing.processes import gradient_norm, in_chunks, micro_batches, start_processes, sum_over_processes
 from plumbing.rows import load_rows
@@ -44,9 +45,8 @@ class Args:
     """hub name, folder or .jsonl/.parquet file with `prompt`, `chosen` and `rejected` (and `rubric`, for the table by margin)"""
     train_split: str = "train"
     """split to train on"""
-    reference_dataset: str = ""
-    """dataset with `prompt` and `completion`, whose scores are centred to average 0; empty: the chosen answers of --dataset,
-    or data/tldr_mini/reference where that is the embedded task's"""
+    reference_dataset: str = "data/tldr_mini/reference"
+    """dataset with `prompt` and `completion`, whose scores are centred to average 0"""
     sft_path: str = "models/sft"
     """folder or hub name of the supervised policy (pi_SFT) to start from; the default is trained if missing"""
     output_dir: str = "models/reward"
@@ -145,23 +145,22 @@ if __name__ == "__main__":
     # data
     names, columns = (args.train_split, args.eval_split), ("prompt", "chosen", "rejected")
     splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path)
-    embedded = "data/tldr_mini/reference" if args.dataset == Args.dataset else args.dataset
-    source, columns = args.reference_dataset or embedded, ("prompt", "completion")  # of pairs, the chosen answers
-    config = args.dataset_config if source == args.dataset else ""
-    references = load_rows(source, config, names[:1], columns, args.sft_path)[args.train_split][:1000]
+    columns, config = ("prompt", "completion"), args.dataset_config if args.reference_dataset == args.dataset else ""
+    references = load_rows(args.reference_dataset, config, names[:1], columns, args.sft_path)[args.train_split][:1000]
     build_missing((args.sft_path, Args.sft_path, "sft.py"))
     tokenizer = load(AutoTokenizer, args.sft_path)
     for rows in splits.values():
         encode_rows(rows, tokenizer, args, chosen_ids="chosen", rejected_ids="rejected")
     encode_rows(references, tokenizer, args, response_ids="completion")
     train, held_out = (splits[name] for name in names)
-    num_updates = whole_batches(args.num_epochs * len(train), args.batch_size)
+    num_updates = args.num_epochs * len(train) // args.batch_size
+    if num_updates < 1:
+        fail(f"--num-epochs {args.num_epochs} of {len(train)} rows do not fill --batch-size {args.batch_size}")
     epochs = range(args.num_epochs)  # each a new shuffle of the train split
     order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
 
     # model; it comes without dropout, here as in the RL scripts
     model = load_model(AutoModelForSequenceClassification, args.sft_path, tokenizer, args, device, num_labels=1)
-    model.config.score_mean = 0.0  # of an earlier reward model, if it starts from one
     model.config.pad_token_id = tokenizer.pad_token_id  # where AutoModelForSequenceClassification looks for the end
     torch.manual_seed(args.seed)
     std = 1 / np.sqrt(model.score.in_features + 1)  # N+ detail 11
@@ -191,8 +190,8 @@ if __name__ == "__main__":
             losses = losses + args.center_coef * (chosen_scores + rejected_scores) ** 2
             loss = losses.sum() / len(picked)
             loss.backward()
-            correct = 0.5 + 0.5 * (chosen_scores - rejected_scores).sign()  # a tie counts half
-            sums.update({"loss": loss.item(), "accuracy": correct.sum().item() / len(picked)})
+            correct = (chosen_scores > rejected_scores).float().sum() / len(picked)
+            sums.update({"loss": loss.item(), "accuracy": correct.item()})
 
         # 2 step
         sum_over_processes(sums, parameters)
@@ -221,13 +220,12 @@ if __name__ == "__main__":
     # 5 accuracy on held-out pairs
     batch = tensors_of(held_out)
     scores = in_chunks(scores_of, model, size, *batch, lengths=batch[1].sum(1) + batch[3].sum((1, 2)))
-    correct = (0.5 + 0.5 * (scores[:, 0] - scores[:, 1]).sign()).cpu().numpy()  # a tie counts half
+    correct = (scores[:, 0] > scores[:, 1]).float().cpu().numpy()
     result = {"all": {"pairs": len(held_out), "accuracy": float(correct.mean())}}
     if "rubric" in held_out[0]:
         quality = [[rubric_score(row[name], row["rubric"]) for row in held_out] for name in ("chosen", "rejected")]
         result = accuracy_by_margin(correct, np.subtract(*quality))
     for row in result.values():
         row["stderr"] = (row["accuracy"] * (1 - row["accuracy"]) / row["pairs"]) ** 0.5  # of the accuracy
-    shift, std = model.config.score_mean, reference_scores.std()
-    print(f"\nscores of {len(references)} answers of {source}: mean 0 (shifted by {shift:.3f}), std {std:.3f}")
+    print(f"\nreference scores: mean 0 (shifted by {model.config.score_mean:.3f}), std {reference_scores.std():.3f}")
     run.finish(result, f"{args.eval_split} pairs")

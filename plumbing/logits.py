@@ -8,8 +8,10 @@ def output_head(model):
     """hidden (N, d) -> logits (N, V): the head, and the scale or soft cap that some models (Cohere, Granite, Gemma) add."""
     config, head = model.config, model.get_output_embeddings()
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1
-    scale /= getattr(config, "logits_scaling", None) or 1
-    cap = getattr(config, "final_logit_softcapping", None)
+    scale, cap = (
+        scale / (getattr(config, "logits_scaling", None) or 1),
+        getattr(config, "final_logit_softcapping", None),
+    )
     if cap:
         return lambda hidden: cap * torch.tanh(head(hidden) * scale / cap)
     return head if scale == 1 else lambda hidden: head(hidden) * scale

@@ -1,27 +1,21 @@
 """Models: loaded and checked, made trainable in little memory, saved."""
 
-import hashlib
 import os
 import re
-import signal
 import subprocess
 import sys
-from contextlib import suppress
 from functools import partial
-from operator import methodcaller
 
 import torch
 import torch.nn.functional as F
 import transformers
-from filelock import FileLock
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, DynamicCache
 
-from plumbing import ROOT, fail, find, inputs, new_folder, writing
+from plumbing import ROOT, fail, find, writing
 from plumbing.logits import output_head
 from plumbing.processes import barrier, rank
 from plumbing.sharding import is_sharded, shard, whole
-from plumbing.tokens import end_ids
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -30,8 +24,6 @@ WEIGHTS = r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)(\.index\.json)?
 
 def load(auto_class, path, **kwargs):
     """`from_pretrained` of a folder or hub name, whose code never runs; what fails there becomes one line."""
-    if os.path.exists(os.path.join(find(path), "adapter_config.json")):
-        fail(f"{path} holds LoRA adapters alone; name the folder of the whole model, for a run's own the one above it")
     try:
         return auto_class.from_pretrained(find(path), trust_remote_code=False, **kwargs)
     except Exception as error:  # transformers, safetensors and the hub raise many kinds
@@ -54,11 +46,6 @@ def load_model(auto_class, path, tokenizer, args, device, may_be_empty=False, **
         model, info = load(auto_class, path, dtype=torch.float32, use_safetensors=True, **report, **config)
     check_fit(model, path, tokenizer, args.prompt_length + args.response_length)
     check_weights(model, path, info, new_head="num_labels" in config)
-    if rank() == 0 and path not in inputs:
-        inputs[path] = content_id(path)
-    made_here = "num_labels" in config or hasattr(model.config, "score_mean") or not hasattr(model, "score")
-    if not made_here and model.config.pad_token_id in end_ids(tokenizer, path):
-        print(f"note: {path} pads with its EOS: trained to be read one token before it, it is read at it here")
     sharded = getattr(args, "shard", False)  # judge.py has no --shard
     model = (model if sharded else model.to(device)).eval()
     check_reading(model, path)
@@ -84,61 +71,30 @@ def check_weights(model, path, info, new_head):
 def check_reading(model, path):
     """Ends the program unless the model, read as the scripts do, gives the outputs of its own forward pass.
 
-    That is: whole; and in a rollout, from a cache that finished rows leave. Notes whether rows can share a cache.
+    That is: whole; and as in a rollout, padded on the left, from a cache that finished rows leave.
     """
     ids = 1 + torch.arange(10, device=model.device).view(2, 5) % (model.get_input_embeddings().num_embeddings - 1)
     ids[ids == getattr(model.config, "pad_token_id", None)] += 1
-    scalar, name = hasattr(model, "score"), f"{path}: {type(model).__name__}"
-    with torch.autocast(model.device.type, enabled=False):
-        try:
+    mask, positions = F.pad(torch.ones_like(ids), (2, 0)).bool(), torch.arange(5, device=ids.device).expand(2, -1)
+    try:
+        with torch.autocast(model.device.type, enabled=False):
             own = torch.cat([model(input_ids=row[None]).logits for row in ids])  # (2, 5, V), or (2, 1) scores
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (2, 5, d)
-            ours = model.score(hidden[:, -1]) if scalar else output_head(model)(hidden)
-        except Exception as error:  # models raise what they like at arguments that they do not know
-            fail(f"{name} cannot be read as a decoder: {str(error).splitlines()[0]}")
-        if not close(ours, own):
-            fail(f"{name} does more, before or behind its output head, than is supported here")
-        leave = methodcaller("batch_select_indices", torch.tensor([False, True], device=ids.device))
-        if not scalar and not reads_on(model, ids, hidden, [1], leave):
-            fail(f"{name} cannot be read as a decoder with a cache of keys and values")
-        model.can_share = reads_on(model, ids, hidden, [0, 0, 1, 1], methodcaller("batch_repeat_interleave", 2))
-
-
-close = partial(torch.allclose, rtol=1e-3, atol=1e-3)
-
-
-def reads_on(model, ids, hidden, rows, change):
-    """Whether the model finds the hidden states (2, 5, d) also where the last id of `rows` goes on from a changed cache.
-
-    The prompt is padded on the left, as in the scripts.
-    """
-    mask, positions = F.pad(torch.ones_like(ids), (2, 0)).bool(), torch.arange(5, device=ids.device).expand(2, -1)
-    with suppress(Exception):  # a cache that cannot be changed, or that the model does not take
-        cache = DynamicCache(config=model.config)
-        read = partial(model.base_model, past_key_values=cache, use_cache=True)
-        padded = {"input_ids": F.pad(ids[:, :4], (2, 0)), "position_ids": F.pad(positions[:, :4], (2, 0))}
-        start = read(**padded, attention_mask=mask[:, :6]).last_hidden_state[:, 2:]
-        change(cache)
-        rest = read(input_ids=ids[rows, 4:], position_ids=positions[rows, 4:], attention_mask=mask[rows])
-        return close(start, hidden[:, :4]) and close(rest.last_hidden_state, hidden[rows, 4:])
-    return False
-
-
-def can_share(model, args):
-    """Whether two responses may go on from one reading of their prompt, which recomputed layers cannot do either."""
-    return getattr(model, "can_share", True) and not args.gradient_checkpointing
-
-
-def content_id(path):
-    """Hash of what a model in a local folder is read from; the name and commit of a model on the hub."""
-    if not os.path.isdir(find(path)):
-        return f"{path}@{getattr(load(AutoConfig, path), '_commit_hash', None)}"
-    digest = hashlib.sha256()
-    for name in sorted(os.listdir(find(path))):
-        if re.search(r"\.(safetensors|json|jinja|model|tiktoken|txt)$", name):
-            with open(os.path.join(find(path), name), "rb") as file:
-                digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+            if hasattr(model, "score"):
+                pairs = [(model.score(hidden[:, -1]), own)]
+            else:
+                cache, logits = DynamicCache(config=model.config), output_head(model)
+                read = partial(model.base_model, past_key_values=cache, use_cache=True)
+                padded = {"input_ids": F.pad(ids[:, :4], (2, 0)), "position_ids": F.pad(positions[:, :4], (2, 0))}
+                start = read(**padded, attention_mask=mask[:, :6]).last_hidden_state[:, 2:]
+                cache.batch_select_indices(torch.tensor([False, True], device=ids.device))
+                rest = read(input_ids=ids[1:, 4:], position_ids=positions[1:, 4:], attention_mask=mask[1:])
+                pairs = [(logits(hidden), own), (logits(start), own[:, :4])]
+                pairs.append((logits(rest.last_hidden_state), own[1:, 4:]))
+    except Exception as error:  # models raise what they like at arguments that they do not know
+        fail(f"{path}: {type(model).__name__} cannot be read as a decoder with a cache: {str(error).splitlines()[0]}")
+    if not all(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3) for ours, theirs in pairs):
+        fail(f"{path}: {type(model).__name__} does more, before or behind its output head, than is supported here")
 
 
 def check_model(auto_class, path, tokenizer, length):
@@ -167,25 +123,11 @@ def build_missing(*wanted):
         if path != default:
             load(AutoTokenizer, path)
         elif not os.path.isdir(path) and os.environ.get("RANK", "0") == "0":
-            with writing(f"the folder {path}"):
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                lock = FileLock(f"{path}.lock").acquire()  # a second first run waits here
-            with lock:
-                if not os.path.isdir(path):
-                    build(path, script)
+            print(f"{path} does not exist yet: running {script} on the embedded task first", flush=True)
+            alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+            if subprocess.run([sys.executable, os.path.join(ROOT, script)], env=alone).returncode != 0:
+                fail(f"{script} did not finish")
     barrier()
-
-
-def build(path, script):
-    """Runs a script alone; a signal goes on to it, which ends it and then this program."""
-    print(f"{path} does not exist yet: running {script} on the embedded task first", flush=True)
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    child = subprocess.Popen([sys.executable, os.path.join(ROOT, script)], env=alone)
-    handlers = {n: signal.signal(n, lambda *_: child.terminate()) for n in (signal.SIGINT, signal.SIGTERM)}
-    if child.wait() != 0:  # note: by a second SIGINT, after a terminal's own, it would not finish its update
-        fail(f"{script} did not finish")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def make_trainable(model, frozen, args):
@@ -241,8 +183,10 @@ def merge(model):
         return model
     from peft import get_peft_model_state_dict
 
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    adapter = model.peft_config["default"], {name: x.cpu().clone() for name, x in tensors.items()}
+    tensors = {
+        name: x.cpu().clone() for name, x in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    adapter = model.peft_config["default"], tensors
     with torch.autocast(model.device.type, enabled=False):
         model = model.merge_and_unload(safe_merge=True)  # safe: on a copy
     model.adapter = adapter
@@ -256,24 +200,20 @@ def trainable(**models):
 
 
 def save_model(path, model, tokenizer):
-    """save_pretrained of both as a new folder (new_folder), with the ids that end a response where `generate` looks."""
+    """save_pretrained of both under a temporary name, then renamed; an earlier `path` becomes path.1, path.2."""
+    path = os.path.normpath(path)
     weights = {name: whole(tensor) for name, tensor in model.state_dict().items()} if is_sharded(model) else None
     if rank() > 0:
         return
-    if not hasattr(model, "score"):
-        ends = end_ids(tokenizer)
-        try:
-            model.generation_config.validate(strict=True)
-        except ValueError:  # transformers would refuse to save what it has loaded
-            model.generation_config = GenerationConfig.from_model_config(model.config)
-        for config in (model.config, model.generation_config):
-            config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    with new_folder(path) as folder:
-        if hasattr(model, "adapter") and not hasattr(model, "score"):  # note: a score's centre is not in an adapter
+    with writing(path):
+        if hasattr(model, "adapter"):
             config, tensors = model.adapter
-            if os.path.isdir(config.base_model_name_or_path):
-                config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
-            config.save_pretrained(os.path.join(folder, "adapter"))
-            save_file(tensors, os.path.join(folder, "adapter", "adapter_model.safetensors"))
-        model.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
+            config.save_pretrained(os.path.join(f"{path}.tmp", "adapter"))
+            save_file(tensors, os.path.join(f"{path}.tmp", "adapter", "adapter_model.safetensors"))
+        model.save_pretrained(f"{path}.tmp", state_dict=weights)
+        tokenizer.save_pretrained(f"{path}.tmp")
+        if os.path.exists(path):
+            number = next(n for n in range(1, 10**6) if not os.path.exists(f"{path}.{n}"))
+            print(f"keeping the earlier {path} as {path}.{number}")
+            os.rename(path, f"{path}.{number}")
+        os.rename(f"{path}.tmp", path)

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 from functools import partial
-from operator import floordiv, methodcaller
 from types import SimpleNamespace
 
 import torch
@@ -52,10 +51,6 @@ def trim(ids, mask):
     return ids, mask
 
 
-def end_ids(tokenizer):
-    return [tokenizer.eos_token_id]
-
-
 def nothing(*_, **__):
     pass
 
@@ -87,8 +82,10 @@ make_trainable = first
 merge = first
 forward_pass = first
 forward_passes = first
-output_head = methodcaller("get_output_embeddings")
-whole_batches = floordiv
+
+
+def output_head(model):
+    return model.get_output_embeddings()
 
 
 def trainable(**models):
@@ -148,11 +145,14 @@ class Run:
     def __init__(self, args):
         self.dir, self.history, self.state = "runs", [], {}
 
-    open = lap = check_finite = nothing
+    open = lap = nothing
 
     def updates(self, count):
         for self.update in range(1, count + 1):
             yield self.update
+
+    def check_finite(self, rows, **found):
+        assert all(torch.as_tensor(x).isfinite().all() for x in found.values()), f"update {self.update}: not finite"
 
     def log(self, metrics, **shown):
         print(json.dumps({"update": self.update} | {name: float(x) for name, x in metrics.items()}))

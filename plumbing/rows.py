@@ -29,78 +29,57 @@ import itertools
 import json
 import logging
 import os
-import re
+import signal
 import sys
-from functools import partial
+from collections import Counter
 
 from plumbing import fail, find
-from plumbing.tokens import Rendered, mark, special_tokens
 
 ROLES = {"system", "user", "assistant", "tool"}
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of HH's dialogues
 TLDR = "TL;DR:"
-EMPTY, SAME = "empty prompt or answer", "chosen equals rejected"
+EMPTY = "empty prompt or answer"
 
 
-def files_of(path, split):
-    """A file as it is, for every split; in a folder those whose name, or else whose place, has the split as a word."""
-    if os.path.isfile(path):
-        return [path]
-    readme = os.path.join(path, "README.md")
-    if os.path.exists(readme) and "\nconfigs:" in open(readme, encoding="utf-8", errors="replace").read():
-        return []  # which files are what stands there, as `datasets` knows
-    found = sorted(glob.glob("**/*", root_dir=path, recursive=True))  # without hidden ones
-    found = [name for name in found if re.search(r"\.(jsonl|json|parquet)(\.gz)?$", name)]
-    named = [name for name in found if split in re.split(r"[-. ]", os.path.basename(name))]
-    return [os.path.join(path, name) for name in named or found if split in re.split(r"[-. /]", name)]
-
-
-def read_file(path):
-    """The rows of a .jsonl, .json or .parquet file, also .gz; nothing is guessed about their types."""
-    number = 0
-    try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            if ".parquet" in os.path.basename(path):
-                from pyarrow.parquet import ParquetFile  # comes with datasets
-
-                for batch in ParquetFile(file).iter_batches():
-                    yield from batch.to_pylist()
-                return
-            for number, line in enumerate(file, start=1):
-                text = line.decode("utf-8-sig").strip()  # Windows puts a mark at the beginning
-                if number == 1 and text.startswith("["):  # one list of all rows
-                    yield from json.loads(text + file.read().decode())
-                elif text:
-                    yield json.loads(text)
-    except (EOFError, OSError, ValueError) as error:
-        fail(f"--dataset {path}" + f", line {number}" * (number > 0) + f": {str(error).splitlines()[0]}")
+def broken_line(path):
+    """Where the first line that is not JSON stands in a local file or folder, as text; '' if there is none."""
+    files = [path] if os.path.isfile(path) else sorted(glob.glob(f"{path}/**/*.jsonl*", recursive=True))
+    for file in (name for name in files if ".jsonl" in name):
+        number = 0
+        try:
+            with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as lines:
+                for number, line in enumerate(lines, start=1):  # noqa: B007, the number is the answer
+                    json.loads(line)
+        except ValueError:
+            return f" ({file}, line {number})"
+        except (EOFError, OSError):
+            return f" ({file} is damaged after line {number})"
+    return ""
 
 
 def read(dataset, config, split, limit):
-    """The first `limit` rows of a split, all rows if it is 0, and where they come from."""
-    ending = os.path.splitext(dataset.removesuffix(".gz"))[1]
-    if os.path.isfile(dataset) and ending not in (".jsonl", ".json", ".parquet"):
-        fail(f"--dataset {dataset}: this file cannot be read, only .jsonl, .json and .parquet, also .gz")
-    files = files_of(dataset, split)
-    if files and not config:
-        rows = [*itertools.islice(itertools.chain.from_iterable(map(read_file, files)), limit or None)]
-        for number, row in enumerate(rows):
-            if not isinstance(row, dict):
-                fail(f"--dataset {dataset}, split {split!r}, row {number}: not an object with columns")
-        return rows, f"{len(files)} file{'s'[: len(files) > 1]}"
+    """The first `limit` rows of a split as the library gives them, all rows if it is 0."""
     import datasets  # here, because it takes a second
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a README without a header is no news
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # they raise what they log
-    streaming = limit > 0 or os.path.exists(dataset)  # note: the cache of `datasets` misses edits of local files
+
+    ending = os.path.splitext(dataset.removesuffix(".gz"))[1]
+    if os.path.isfile(dataset) and ending not in (".jsonl", ".json", ".parquet"):
+        fail(f"--dataset {dataset}: this file cannot be read, only .jsonl, .json and .parquet, also .gz")
+    # note: local data is streamed, because the cache of `datasets` misses edits of local files
+    local, kind = os.path.exists(dataset), "parquet" if ending == ".parquet" else "json"
+    source = (kind, None, None, {split: dataset}) if os.path.isfile(dataset) else (dataset, config or None)
     try:
-        rows = datasets.load_dataset(dataset, config or None, split=split, streaming=streaming)
-        return list(itertools.islice(rows, limit or None)), "datasets"
-    except Exception as error:  # it raises many kinds; the first line says what went wrong
+        rows = datasets.load_dataset(*source, split=split, streaming=local or limit > 0)
+        return list(itertools.islice(rows, limit or None))
+    except StopIteration:  # an empty file
+        return []
+    except Exception as error:  # datasets raises many kinds; the first line says what went wrong
         reason = (str(error) or repr(error)).splitlines()[0]
         if isinstance(error, ConnectionError):
             reason += "; offline, give a local folder or file, or fill the cache beforehand (hf download)"
-        fail(f"--dataset {dataset}, split {split!r}: {reason}")
+        fail(f"--dataset {dataset}, split {split!r}: {reason}{broken_line(dataset)}")
 
 
 def blank(value):
@@ -110,11 +89,9 @@ def blank(value):
 
 def text_of(row, column):
     """The text of a column, '' for null."""
-    value = row.get(column) or ""
-    if not isinstance(value, str):
-        raise ValueError(f"column {column!r}: {type(value).__name__}, not text")
-    value.encode()  # half a character, as JSON can spell one, is no text either
-    return value
+    if not isinstance(row[column], str | None):
+        raise ValueError(f"column {column!r}: {type(row[column]).__name__}, not text")
+    return row[column] or ""
 
 
 def dialogue_parts(dialogue):
@@ -123,19 +100,6 @@ def dialogue_parts(dialogue):
     if not marker or HUMAN in answer:
         return "does not end with the assistant"
     return head + marker, answer
-
-
-def render_prompt(turns, tokenizer):
-    """Messages without special tokens -> the prompt as the chat template writes it, which knows how to become shorter."""
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return Rendered(text, partial(shorter_prompt, turns, tokenizer))
-
-
-def shorter_prompt(turns, tokenizer):
-    """Without the oldest turns after the system message, up to the next of the user; None where the last one is reached."""
-    system = turns[0]["role"] == "system"
-    starts = [place for place, turn in enumerate(turns) if turn["role"] == "user" and place > system]
-    return render_prompt(turns[:system] + turns[starts[0] :], tokenizer) if starts else None
 
 
 def message_parts(turns, tokenizer):
@@ -150,11 +114,14 @@ def message_parts(turns, tokenizer):
     contents = [turn.get("content") for turn in turns]  # note: once rendered, nothing is blank any more
     if blank(contents[-1]) or all(blank(content) for content in contents[:-1]):
         return EMPTY
-    turns = mark(turns, special_tokens(tokenizer))
-    prompt, whole = render_prompt(turns[:-1], tokenizer), tokenizer.apply_chat_template(turns, tokenize=False)
-    if not whole.startswith(prompt.marked):
+    if not tokenizer.chat_template:
+        raise ValueError(f"messages need a chat template, and {tokenizer.name_or_path} has none")
+    prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    if not whole.startswith(prompt):
         raise ValueError("the chat template does not continue its own generation prompt")
-    return prompt, Rendered(whole[len(prompt.marked) :])
+    adds_bos = tokenizer.bos_token and tokenizer.bos_token_id in tokenizer("")["input_ids"]
+    return prompt.removeprefix(tokenizer.bos_token) if adds_bos else prompt, whole[len(prompt) :]
 
 
 def all_turns(prompt, turns):
@@ -172,10 +139,9 @@ def comparison(row):
     post, summaries, choice = row["info"], row["summaries"], row["choice"]
     if blank(post) or blank(summaries) or blank(choice):
         return EMPTY
-    subreddit, title, text = (text_of(post, name) for name in ("subreddit", "title", "post"))
-    prompt = f"SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {text}\n{TLDR}"
-    if blank(text):  # some of its validation rows are news
-        if blank(text_of(post, "article")):
+    prompt = f"SUBREDDIT: r/{post['subreddit']}\nTITLE: {post['title']}\nPOST: {post['post']}\n{TLDR}"
+    if blank(text_of(post, "post")):  # some of its validation rows are news
+        if "article" not in post or blank(text_of(post, "article")):
             return EMPTY
         prompt = f"{post['article']}\n{TLDR}"
     texts = [" " + text_of(summary, "text").strip() for summary in summaries]
@@ -184,8 +150,6 @@ def comparison(row):
 
 def standard_row(row, tokenizer):
     """The columns of a row that the scripts know, or a string: why the row is dropped. ValueError: no shape."""
-    if row.get("label") is False:
-        return "an undesirable answer (label: false)"
     if "summaries" in row:
         return comparison(row)
     if "article" in row and "highlights" in row:
@@ -218,8 +182,6 @@ def standard_row(row, tokenizer):
 def one_tldr_form(row, names):
     """The row with 'TL;DR:' at the end of the prompt, where its answers began with it, and a space before such answers."""
     prompt, answers = row["prompt"], {name: row[name] for name in names if not blank(row[name])}
-    if isinstance(prompt, Rendered):
-        return row
     if not prompt.rstrip().endswith(TLDR):
         if not answers or not all(answer.startswith(TLDR) for answer in answers.values()):
             return row
@@ -229,52 +191,60 @@ def one_tldr_form(row, names):
 
 
 def standard_rows(rows, columns, tokenizer, where):
-    """Every row with its standard columns, those in `columns` as text; and why others were dropped: reason -> their numbers."""
-    kept, dropped, columns = [], {}, dict.fromkeys(("prompt", *columns))
+    """Every row with its standard columns, `columns` checked; and the reasons of the dropped ones, counted."""
+    kept, dropped, columns = [], Counter(), dict.fromkeys(("prompt", *columns))
     for number, row in enumerate(rows):
-        row = dict.fromkeys(rows[0]) | row
         try:
             found = standard_row(row, tokenizer)
-            if isinstance(found, dict):
-                found = checked(row | found, columns, "rubric" in rows[0], where)
+            if isinstance(found, str):
+                dropped[found] += 1
+                continue
+            found = row | found
+            facts = row.get("rubric") if "rubric" in rows[0] else ["none"]
+            if not (
+                facts and isinstance(facts, list) and all(isinstance(fact, str) and fact.strip() for fact in facts)
+            ):
+                raise ValueError("column 'rubric': must be a list of key phrases")
+            for column in columns:
+                if column not in found:
+                    fail(f"{where}: no column {column!r} in {list(row)}")
+                text_of(found, column)
         except Exception as error:
-            found = (str(error) or repr(error)).splitlines()[0]
-        if isinstance(found, str):
-            dropped.setdefault(found, []).append(number)
+            reason = (str(error) or repr(error)).splitlines()[0]
+            place = "" if reason.startswith("column ") else f"columns {', '.join(row)}: "
+            fail(f"{where}, row {number}, {place}{reason}")
+        if any(blank(found[column]) for column in columns):
+            dropped[EMPTY] += 1
+            continue
+        answers = {"completion", "chosen", "rejected", *columns} - {"prompt"}
+        found = one_tldr_form(found, [name for name in answers if isinstance(found.get(name), str)])
+        if {"chosen", "rejected"} <= columns.keys() and found["chosen"] == found["rejected"]:
+            dropped["chosen equals rejected"] += 1
         else:
             kept.append(found)
     return kept, dropped
 
 
-def checked(row, columns, rubric, where):
-    """The row with text in `columns`, and in `rubric` where there is that column; or why it is dropped."""
-    for column in columns:
-        if column not in row:
-            fail(f"{where}: no column {column!r} in {list(row)}")
-        text_of(row, column)
-    facts = row.get("rubric")
-    if rubric and not (facts and isinstance(facts, list) and all(isinstance(x, str) and x.strip() for x in facts)):
-        raise ValueError("column 'rubric': not a list of key phrases")
-    if any(blank(row[column]) for column in columns):
-        return EMPTY
-    answers = {"completion", "chosen", "rejected", *columns} - {"prompt"}
-    row = one_tldr_form(row, [name for name in answers if isinstance(row.get(name), str)])
-    return SAME if {"chosen", "rejected"} <= columns.keys() and row["chosen"] == row["rejected"] else row
-
-
 def load_rows(dataset, config, splits, columns, tokenizer_path, limit=0):
     """Split -> list of dicts with text in `columns`, of at most `limit` rows read, all if it is 0.
 
-    tokenizer_path: folder or hub name of the tokenizer whose chat template renders messages. Ends the program where nothing
-    can be read or nothing is left, with one line that names the dataset, split, row and column.
+    tokenizer_path: folder or hub name of the tokenizer whose chat template renders messages. Ends the program at anything
+    wrong, with one line that names the dataset, split, row and column.
     """
-    splits = dict.fromkeys(splits)  # each is read once
-    return {split: load_split(dataset, config, split, columns, tokenizer_path, limit) for split in splits}
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background job ignores it
+    if ours:
+        signal.signal(signal.SIGINT, interrupted)
+    try:
+        splits = dict.fromkeys(splits)  # each is read once
+        return {split: load_split(dataset, config, split, columns, tokenizer_path, limit) for split in splits}
+    finally:  # also where bad data ends a cell of a notebook and not the process
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def load_split(dataset, config, split, columns, tokenizer_path, limit):
     where = f"--dataset {dataset}, split {split!r}"
-    (rows, source), tokenizer = read(find(dataset), config, split, limit), None
+    rows, tokenizer = read(find(dataset), config, split, limit), None
     names = ("prompt", "completion", "label", "chosen", "rejected")
     if any(isinstance(row.get(name), list) for row in rows for name in names):
         from transformers import AutoTokenizer
@@ -284,15 +254,19 @@ def load_split(dataset, config, split, columns, tokenizer_path, limit):
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             fail(f"{where} holds messages, and the chat template of {tokenizer_path} cannot be loaded: {reason}")
-        if not tokenizer.chat_template:
-            fail(f"{where} holds messages, they need a chat template, and {tokenizer_path} has none")
     kept, dropped = standard_rows(rows, columns, tokenizer, where)
-    lost = "".join(f", dropped {len(found)}: {reason} (row {found[0]})" for reason, found in dropped.items())
+    lost = "".join(f", dropped {count}: {reason}" for reason, count in dropped.items())
     if not kept:
         fail(f"{where}: no rows{lost}")
     if os.environ.get("RANK", "0") == "0":
-        print(f"{dataset}, {split}, {source}: {len(kept)} rows of {', '.join(rows[0])}{lost}", file=sys.stderr)
+        print(f"{dataset}, {split}: {len(kept)} rows of {', '.join(rows[0])}{lost}", file=sys.stderr)
     return kept
+
+
+def interrupted(*_):
+    """Ctrl-C. It ends the program at once: raised as an exception, the libraries swallow it here and there."""
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def main():

@@ -7,21 +7,19 @@ fixed by seed and update.
 
 import hashlib
 import json
-import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
-from contextlib import suppress
 
 import torch
 import torch.distributed as dist
 from filelock import FileLock
 from tqdm import tqdm
 
-from plumbing import ROOT, fail, find, inputs, try_folder, write_text, writing
-from plumbing.flags import flag
+from plumbing import fail, write_text, writing
 from plumbing.processes import barrier, rank, sum_over_processes, world
 from plumbing.sharding import fill, split_like, whole
 from plumbing.speed import matmul_rate
@@ -30,7 +28,6 @@ from plumbing.speed import matmul_rate
 class Run:
     """run = Run(args); run.open(parameters, optimizer); for update in run.updates(count): ...; run.finish(results, caption).
 
-    What models.py and rows.py read from here on goes into `inputs`; a run goes on with the same, or not at all.
     history: points (name -> number) for the picture, the first name its x axis; state: name -> what else the script needs
     again after --resume. Both are saved with every checkpoint and are there again after run.open.
     """
@@ -42,30 +39,14 @@ class Run:
             dist.broadcast_object_list(name)  # it may hold the time
         self.args, self.script, self.name = args, script, name[0]
         self.dir = os.path.join("runs", self.name)
+        if os.path.exists(self.dir) and not self.resume and rank() == 0:
+            fail(f"--run-name {self.name}: {self.dir} already exists, choose another name")
         self.done, self.history, self.state = 0, [], {}
-        inputs.clear()
-        if rank() == 0:
-            if os.path.exists(self.dir) and not self.resume:
-                fail(f"--run-name {self.name}: {self.dir} already exists, choose another name")
-            if hasattr(args, "output_dir"):
-                self.check_output()
 
     def path(self, name):
         return os.path.join(self.dir, name)
 
     # the folder
-    def check_output(self):
-        """Ends the program at an --output-dir that would take the place of something else, or cannot be written."""
-        names = [name for name in vars(self.args) if name.endswith(("_path", "_model", "dataset"))]
-        read = {f"{flag(name)} {path}": find(path) for name in names if (path := getattr(self.args, name))}
-        around = {"the working directory": ".", "the scripts": ROOT, "the run's own folder": self.dir}
-        output = os.path.realpath(self.args.output_dir)
-        for name, path in (around | read).items():
-            common = os.path.commonpath([output, path := os.path.realpath(path)])
-            if common == output or (common == path and name in read):
-                fail(f"--output-dir {self.args.output_dir} must not be, hold or lie in {name}")
-        try_folder(self.args.output_dir)
-
     def open(self, parameters, optimizer):
         """Takes the folder; with --resume goes back to its last whole checkpoint, and `done` updates need not be done again."""
         self.parameters, self.optimizer = parameters, optimizer
@@ -88,16 +69,17 @@ class Run:
 
     def claim(self):
         """Takes the name for this process, as long as it lives; what a killed one left half-written goes."""
+        folder = self.dir if self.resume else f"{self.dir}.tmp"
         with writing(f"in {self.dir}, where another process may be at work"):
             parent, name = os.path.split(self.dir)
             os.makedirs(parent, exist_ok=True)
-            self.lock = FileLock(os.path.join(parent, f".{name}.lock"))
+            self.lock = FileLock(os.path.join(parent, f".{name}.lock"))  # beside it: a folder in use cannot be renamed
             self.lock.acquire(timeout=0)
-            folder = self.dir if self.resume else os.path.join(parent, f".{name}.tmp")
-            os.makedirs(folder, exist_ok=True)
-            for name in os.listdir(folder):
-                if re.fullmatch(r"checkpoint_\d{8}\.tmp", name):
-                    os.remove(os.path.join(folder, name))
+            if not self.resume:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.makedirs(folder)
+            for path in [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".tmp")]:
+                (shutil.rmtree if os.path.isdir(path) else os.remove)(path)
             arguments = {"script": self.script} | vars(self.args)
             write_text(os.path.join(folder, "args.json"), json.dumps(arguments, indent=2))
             if not self.resume:
@@ -125,40 +107,13 @@ class Run:
         return [self.path(name) for name in names]
 
     def newest_checkpoint(self):
-        """Path of the last whole checkpoint, None if there is none; what is damaged or of another run is put aside."""
+        """Path of the last whole checkpoint, None if there is none; damaged ones are put aside."""
         for path in reversed(self.checkpoints()):
-            with suppress(Exception), open(path, "rb") as file:
+            with open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() in path:
-                    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                    if self.owns(saved, path):
-                        break
-            print(f"note: {path} is damaged or of another run, now {path}.damaged")
+                    return path
+            print(f"note: {path} is damaged, now {path}.damaged")
             os.rename(path, f"{path}.damaged")
-        else:
-            return None
-        known = saved.get("inputs", inputs)  # older checkpoints lack them
-        changed = [name for name in known.keys() | inputs.keys() if known.get(name) != inputs.get(name)]
-        if changed:
-            fail(f"--resume {self.name}: changed since the run began: {', '.join(sorted(changed))}")
-        return path
-
-    def owns(self, saved, path):
-        """Whether restore can take what was read from a file of that name."""
-
-        shapes, optimizer = {name: p.shape for name, p in self.parameters.items()}, saved["optimizer"]
-        moments = [(n, x.shape) for n, own in optimizer["state"].items() for x in own.values()]
-        groups = [
-            [(group.keys(), group["params"]) for group in x["param_groups"]]
-            for x in (optimizer, self.optimizer.state_dict())
-        ]
-        return (
-            saved.get("script", self.script) == self.script
-            and f"checkpoint_{saved['update']:08d}_" in path
-            and {name: x.shape for name, x in saved["parameters"].items()} == shapes
-            and all(shape in ((), [*shapes.values()][n]) for n, shape in moments)
-            and groups[0] == groups[1]
-            and {*map(type, [saved["state"], *saved["history"]])} == {dict}
-        )
 
     def restore(self, saved):
         """Parameters, optimizer and the rest as they were saved, split again where they are sharded now."""
@@ -180,8 +135,7 @@ class Run:
             return
         optimizer = self.optimizer.state_dict()
         moments = {number: {name: whole(x) for name, x in own.items()} for number, own in optimizer["state"].items()}
-        saved = {"script": self.script, "inputs": inputs, "update": update}
-        saved |= {"history": self.history, "state": self.state}
+        saved = {"update": update, "history": self.history, "state": self.state}
         saved["optimizer"] = optimizer | {"state": moments}
         saved["parameters"] = {name: whole(parameter.detach()) for name, parameter in self.parameters.items()}
         if rank() > 0:
@@ -206,10 +160,7 @@ class Run:
 
         def receive(number, _):
             signals.append(number)
-            with suppress(AttributeError, OSError):  # no stderr, or nobody who reads it
-                os.write(
-                    sys.__stderr__.fileno(), b"\nstopping after this update; Ctrl-C: at once\n"
-                )  # print is not safe
+            os.write(2, b"\nstopping after this update; Ctrl-C: at once\n")  # note: print is not safe here
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGTERM comes twice where torchrun and a scheduler send it
 
         for number in numbers:
@@ -217,9 +168,6 @@ class Run:
         left = range(self.done + 1, count + 1)
         self.progress = tqdm(left, initial=self.done, total=count, unit="update", disable=rank() > 0)
         for update in self.progress:
-            bad = [name for name, x in (self.history or [{}])[-1].items() if not math.isfinite(x)]
-            if bad:
-                fail(f"update {update}: not finite in the evaluation before it: {', '.join(bad)}")
             self.update, self.stepped, self.laps, self.clock = update, False, {}, time.perf_counter()
             yield update
             sum_over_processes(stop := {"signals": len(signals)}, {})
@@ -258,7 +206,7 @@ class Run:
         rows = rows[torch.stack(bad).any(0).cpu()] if bad else rows
         found |= {f"gradient of {name}": p.grad for name, p in self.parameters.items() if p.grad is not None}
         names = [name for name, value in found.items() if not torch.as_tensor(value).isfinite().all()]
-        rows = ", ".join(map(str, sorted(rows.tolist())[:5])) + f" and {len(rows) - 5} more" * (len(rows) > 5)
+        rows = ", ".join(map(str, sorted(rows.tolist())))
         fail(f"update {self.update}: not finite: {', '.join(names[:5])}; rows {rows} of --train-split")
 
     def log(self, metrics, **shown):
@@ -273,19 +221,18 @@ class Run:
                 for name, value in metrics.items() if self.writer else ():
                     self.writer.add_scalar(name, value, self.update)
 
-    def finish(self, results, caption, samples=()):
-        """result.json; a picture of the history, if there is any; then the samples, the results as a table."""
+    def finish(self, results, caption):
+        """result.json and the same as a table, name -> numbers; a picture of the history, if there is any; farewell."""
         if rank() == 0:
             self.keep({"result.json": json.dumps(results, indent=2)})
             plot(self.history, self.path("run.png"))
-            self.lock.release()  # in a notebook the process lives on
+        print_table(results, caption)
+        print(f"\nfinal model: {self.args.output_dir}   metrics, arguments, results: {self.dir}")
+        if rank() == 0:  # in a notebook the process lives on
+            self.lock.release()
             if self.writer:
                 self.writer.close()
         barrier(last=True)
-        for text in samples:
-            print(text)
-        print_table(results, caption)
-        print(f"\nfinal model: {self.args.output_dir}   metrics, arguments, results: {self.dir}")
 
 
 def print_table(results, caption):
@@ -314,5 +261,4 @@ def plot(history, path):
         panel = figure.add_subplot(rows, columns, number, title=name, xlabel=x)
         panel.plot([point[x] for point in history], [point[name] for point in history], marker="o", ms=3)
     with writing(path):
-        figure.savefig(f"{path}.tmp", dpi=120, format="png")
-        os.replace(f"{path}.tmp", path)
+        figure.savefig(path, dpi=120)

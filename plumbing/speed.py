@@ -12,8 +12,12 @@ def training_flops(policy, critic, tokens, actions):
     """
     parts = [*policy.base_model.modules(), *critic.modules()]
     body = [p for part in parts if not isinstance(part, torch.nn.Embedding) for p in part.parameters(recurse=False)]
-    weights = [(p, tokens) for p in body] + [(p, actions) for p in policy.get_output_embeddings().parameters()]
-    return sum(p.numel() * (6 if p.requires_grad else 4) * int(count) for p, count in weights if p.ndim == 2)
+    head = policy.get_output_embeddings().parameters()
+    return flops_per_token(body) * int(tokens) + flops_per_token(head) * int(actions)
+
+
+def flops_per_token(weights):
+    return sum(weight.numel() * (6 if weight.requires_grad else 4) for weight in weights if weight.ndim == 2)
 
 
 def matmul_rate(device, dtype, size=8192):

@@ -3,17 +3,13 @@
 import json
 import os
 import shutil
-import signal
 import sys
-import threading
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, signals_as_they_were
-from filelock import FileLock
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_errors import BASE, fails, save_random
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -277,15 +273,14 @@ def started(monkeypatch, tmp_path):
     """In an empty folder: environments and commands of the scripts that build_missing starts, which do nothing."""
     found = SimpleNamespace(commands=[], environments=[], code=0)
 
-    def popen(command, env):
+    def run(command, env):
         found.commands.append(command)
         found.environments.append(env)
-        return SimpleNamespace(wait=lambda: found.code)
+        return SimpleNamespace(returncode=found.code)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models.subprocess, "Popen", popen)
-    with signals_as_they_were():
-        yield found
+    monkeypatch.setattr(models.subprocess, "run", run)
+    return found
 
 
 SFT, REWARD = "models/sft", "models/reward"
@@ -328,138 +323,6 @@ def test_one_process_of_torchrun_trains_alone(started, monkeypatch):
     models.build_missing((SFT, SFT, "sft.py"))
     (environment,) = started.environments
     assert "PATH" in environment and not {"RANK", "WORLD_SIZE"} & environment.keys()
-
-
-def test_of_two_first_runs_the_second_waits(started):
-    os.makedirs("models")
-    lock = FileLock(f"{SFT}.lock").acquire()
-    second = threading.Thread(target=models.build_missing, args=((SFT, SFT, "sft.py"),))
-    second.start()
-    second.join(timeout=0.3)
-    assert second.is_alive() and not started.commands
-    os.makedirs(SFT)
-    lock.lock.release()
-    second.join()
-    assert not started.commands
-
-
-CHILD = """
-import pathlib, signal, sys, time
-def end(*_):
-    time.sleep(0.3)
-    pathlib.Path("ended").touch()
-    sys.exit(1)
-signal.signal(signal.SIGTERM, end)
-pathlib.Path("ready").touch()
-time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_what_is_trained_first(number, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "ROOT", str(tmp_path))
-    (tmp_path / "sft.py").write_text(CHILD)
-
-    def send():
-        while not os.path.exists("ready"):
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
-
-    def not_passed_on(*_):
-        raise AssertionError
-
-    with signals_as_they_were():
-        signal.signal(number, not_passed_on)
-        threading.Thread(target=send).start()
-        fails(capsys, "sft.py did not finish", models.build_missing, (SFT, SFT, "sft.py"))
-    assert os.path.exists("ended")  # it was waited for
-
-
-# what is read, for --resume
-def test_the_files_that_a_model_is_read_from_are_known(sft, tmp_path, monkeypatch):
-    folder = copy(sft, tmp_path / "sft")
-    first = models.content_id(str(folder))
-    (folder / "README.md").write_text("changed")
-    (folder / "optimizer.pt").write_text("not read")
-    assert models.content_id(str(folder)) == first == models.content_id(str(sft))
-    load(folder, folder)
-    assert models.inputs[str(folder)] == first
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        before = (folder / name).read_bytes()
-        (folder / name).write_bytes(before + b" ")
-        assert models.content_id(str(folder)) != first
-        (folder / name).write_bytes(before)
-    (folder / "generation_config.json").rename(folder / "generation_configs.json")
-    assert models.content_id(str(folder)) != first
-    monkeypatch.chdir(tmp_path)
-    assert models.content_id("data/tiny_pythia") == models.content_id(str(BASE))
-
-
-# what is not a model, or one that is read in another way
-def test_an_adapter_is_no_model(sft, tmp_path, capsys):
-    folder = copy(sft, tmp_path / "adapter")
-    (folder / "adapter_config.json").write_text("{}")
-    fails(capsys, f"{folder} holds LoRA adapters alone", load, folder, sft)
-
-
-def test_a_reward_model_read_before_its_eos_is_noted(tmp_path, capsys):
-    scalar, eos = AutoModelForSequenceClassification, AutoTokenizer.from_pretrained(BASE).eos_token_id
-    said = {}
-    for name, settings in {"other": {"pad_token_id": eos}, "ours": {"pad_token_id": eos, "score_mean": 0.5}}.items():
-        folder = save_random(tmp_path / name, scalar, num_labels=1, **settings)
-        load(folder, folder, scalar)
-        said[name] = capsys.readouterr().out
-    assert "other pads with its EOS" in said["other"] and "EOS" not in said["ours"]
-    folder = save_random(tmp_path / "third", scalar, num_labels=1, pad_token_id=eos + 1)
-    load(folder, folder, scalar)
-    assert "EOS" not in capsys.readouterr().out
-
-
-def test_a_prompt_is_shared_where_a_cache_can_be_repeated(sft, monkeypatch):
-    plain, recomputed = (SimpleNamespace(gradient_checkpointing=value) for value in (False, True))
-    model = load(sft, sft)
-    assert models.can_share(model, plain) and not models.can_share(model, recomputed)
-    repeated = transformers.DynamicCache.batch_repeat_interleave
-
-    def mixed_up(cache, n):
-        repeated(cache, n)
-        cache.batch_select_indices(torch.tensor([2, 3, 0, 1]))
-
-    for repeat in (lambda cache, n: None, lambda cache, n: cache.no_such_method(), mixed_up):
-        monkeypatch.setattr(transformers.DynamicCache, "batch_repeat_interleave", repeat)
-        assert not models.can_share(load(sft, sft), plain)
-
-
-# what is saved
-def test_a_saved_model_ends_where_its_responses_end(sft, tmp_path, monkeypatch):
-    tokenizer, ids = models.load(AutoTokenizer, str(sft)), {}
-    for name, ends in {"one": [0], "two": [0, 5]}.items():
-        monkeypatch.setattr(models, "end_ids", lambda tokenizer, path="", ends=ends: ends)
-        models.save_model(str(tmp_path / name), load(sft, sft), tokenizer)
-        saved = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        ids[name] = (saved.config.eos_token_id, saved.generation_config.eos_token_id)
-    assert ids == {"one": (0, 0), "two": ([0, 5], [0, 5])}
-
-
-def test_a_generation_config_that_transformers_refuses_loses_no_model(sft, tmp_path):
-    model = load(sft, sft)
-    model.generation_config.update(do_sample=False, temperature=0.3)
-    models.save_model(str(tmp_path / "out"), model, models.load(AutoTokenizer, str(sft)))
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
-def test_an_adapter_knows_its_base_and_a_score_has_none(sft, tmp_path, monkeypatch):
-    args = SimpleNamespace(seed=1, gradient_checkpointing=False, lora_rank=2, lora_alpha=4, lora_target="all-linear")
-    tokenizer = models.load(AutoTokenizer, str(sft))
-    monkeypatch.chdir(sft.parent)
-    for auto_class, config in ((AutoModelForCausalLM, {}), (AutoModelForSequenceClassification, {"num_labels": 1})):
-        model = load(sft.name, sft.name, auto_class, **config)
-        trained = models.make_trainable(model, load(sft.name, sft.name, auto_class, **config), args)
-        models.save_model(str(tmp_path / auto_class.__name__), models.merge(trained), tokenizer)
-    config = json.loads((tmp_path / "AutoModelForCausalLM/adapter/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(sft)
-    assert not (tmp_path / "AutoModelForSequenceClassification/adapter").exists()
 
 
 # from another working directory

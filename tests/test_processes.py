@@ -286,18 +286,6 @@ def test_sharded_then_alone_then_sharded_again(models, alone, tmp_path):
         assert_same_to_rounding("drpo.py", tmp_path, expected)
 
 
-@pytest.mark.parametrize(
-    "name, value", [("WORLD_SIZE", None), ("MASTER_ADDR", None), ("RANK", ""), ("WORLD_SIZE", "x")]
-)
-def test_half_of_torchrun_is_one_line(name, value, tmp_path, monkeypatch):
-    given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"} | {name: value}
-    for variable, content in given.items():
-        monkeypatch.setenv(variable, content) if content is not None else monkeypatch.delenv(variable, raising=False)
-    done = run_here(TOY, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: $RANK is set, as by torchrun, but")
-    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
-
-
 def test_what_sharding_needs(tmp_path, monkeypatch):
     for script in ("drpo.py", *OTHERS):
         done = run_here(script, "--shard", cwd=tmp_path, check=False)

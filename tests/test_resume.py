@@ -4,10 +4,8 @@ Tested on toy.py, which uses plumbing/ as the real scripts do, and with one stop
 """
 
 import contextlib
-import hashlib
 import json
 import os
-import pickle
 import random
 import re
 import shutil
@@ -15,15 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, read_metrics, read_rows, run_here, run_script, write_dataset
 from filelock import FileLock
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from plumbing import runs
 
@@ -152,30 +148,19 @@ def test_a_run_goes_on_as_if_nothing_had_happened(folder, update):
 
 def test_what_was_half_written_goes(folder):
     good("--run-name", "whole")
-    (folder / "runs/.half.tmp").mkdir()  # killed while the folder was made
-    (folder / "runs/.half.tmp/args.json").write_text("{")
+    (folder / "runs/half.tmp").mkdir()  # killed while the folder was made
+    (folder / "runs/half.tmp/args.json").write_text("{")
     good("--run-name", "half", *EVERY)
     run_dir = folder / "runs/half"
     go_back(run_dir, 5)
-    for number in (6, 99):
-        (run_dir / f"checkpoint_{number:08d}.tmp").write_bytes(checkpoints(run_dir)[5].read_bytes()[:1000])
+    (run_dir / "checkpoint_00000006.tmp").write_bytes(checkpoints(run_dir)[5].read_bytes()[:1000])
     (run_dir / "metrics.jsonl.tmp").write_text("{")
+    (run_dir / "folder.tmp").mkdir()
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"update": 9, "lo')
     good("--resume", "half")
     assert not list(folder.rglob("*.tmp"))
     assert_same(run_dir, folder / "runs/whole")
-
-
-def test_what_a_user_keeps_in_a_run_stays(folder):
-    good("--run-name", "half.tmp")  # a name like that of a temporary folder
-    good("--run-name", "half")
-    own = [folder / "runs/half" / name for name in ("notes.tmp", "checkpoint_mine.tmp", "folder.tmp/file")]
-    (folder / "runs/half/folder.tmp").mkdir()
-    for path in own:
-        path.write_text("kept")
-    good("--resume", "half")
-    assert [path.read_text() for path in own] == ["kept"] * 3 and (folder / "runs/half.tmp/result.json").exists()
 
 
 @pytest.mark.parametrize("damaged", [(8,), (7, 8), range(1, 9)])
@@ -194,100 +179,6 @@ def test_a_damaged_checkpoint_is_passed_over(folder, damaged):
     assert_same(run_dir, folder / "runs/whole")
 
 
-def foreign(run_dir, change):
-    """The newest checkpoint as `change` of what it holds makes it, under a name with the right checksum."""
-    path = checkpoints(run_dir)[8]
-    saved = torch.load(path, weights_only=True)
-    made = change(saved)
-    if isinstance(made, bytes):
-        path.write_bytes(made)
-    else:
-        torch.save(saved if made is None else made, path)
-    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
-    return path.rename(run_dir / f"checkpoint_00000008_{checksum}.pt")
-
-
-def other_shape(saved):
-    saved["parameters"]["bias"] = torch.zeros(3)
-
-
-def other_moments(saved):
-    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
-
-
-FOREIGN = {
-    "a pickle": lambda saved: pickle.dumps(print),
-    "a pickle of torch": lambda saved: SimpleNamespace(saved=saved),
-    "text": lambda saved: b"checkpoint",
-    "nothing": lambda saved: b"",
-    "a list": lambda saved: [1, 2],
-    "other keys": lambda saved: {"model": saved["parameters"]},
-    "no optimizer": lambda saved: saved.pop("optimizer") and None,
-    "another shape": other_shape,
-    "other moments": other_moments,
-    "one more": lambda saved: saved["parameters"].update(more=torch.zeros(1)),
-    "another optimizer": lambda saved: saved["optimizer"]["param_groups"][0].pop("betas") and None,
-    "two groups": lambda saved: saved["optimizer"]["param_groups"].append(saved["optimizer"]["param_groups"][0]),
-    "another update": lambda saved: saved.update(update=3),
-    "no number": lambda saved: saved.update(update="8"),
-    "no history": lambda saved: saved.update(history=None),
-    "points that are none": lambda saved: saved.update(history=[1]),
-    "no state": lambda saved: saved.update(state=[]),
-    "another script": lambda saved: saved.update(script="sft.py"),
-}
-
-
-@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
-def test_a_foreign_checkpoint_is_passed_over(folder, change):
-    good("--run-name", "whole")
-    good("--run-name", "foreign", *EVERY)
-    path = foreign(folder / "runs/foreign", change)
-    done = good("--resume", "foreign")
-    assert f"note: {path.relative_to(folder)} is damaged or of another run" in done.stdout
-    assert done.stdout.count("note:") == 1 and path.with_name(f"{path.name}.damaged").exists()
-    assert_same(folder / "runs/foreign", folder / "runs/whole")
-
-
-def test_an_older_checkpoint_without_script_and_inputs_is_taken(folder):
-    good("--run-name", "old", *EVERY)
-    foreign(folder / "runs/old", lambda saved: {key: saved[key] for key in saved.keys() - {"script", "inputs"}})
-    assert "note" not in good("--resume", "old").stdout
-
-
-def test_a_run_goes_on_with_the_same_inputs_or_not_at_all(folder):
-    (folder / "rows").write_text("some")
-    good("--run-name", "same", *EVERY)
-    run_dir = folder / "runs/same"
-    go_back(run_dir, 5)
-    good("--resume", "same")
-    go_back(run_dir, 5)
-    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
-    (folder / "rows").write_text("others")
-    assert refused("--resume", "same") == "error: --resume same: changed since the run began: rows, train\n"
-    (folder / "rows").unlink()
-    assert "changed since the run began: rows, train" in refused("--resume", "same")
-    assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
-
-
-@pytest.mark.parametrize("script, name", [("sft.py", "reference, train"), ("sft.py", "model"), ("drpo.py", "reward")])
-def test_a_real_run_knows_its_data_and_models(folder, models, script, name):
-    flags = list(flags_of(script, models))
-    for place, value in enumerate(flags):
-        if isinstance(value, Path) and value.is_dir():
-            flags[place] = shutil.copytree(value, folder / value.name)
-    if name == "model":
-        name = "tiny_pythia"
-    flags += ["--num-epochs", 1] if script == "sft.py" else ["--total-episodes", 16]
-    run_here(script, *flags, "--run-name", "mine", "--output-dir", "out", cwd=folder)
-    changed = folder / name.split(",")[0]
-    changed = next(changed / file for file in ("train.jsonl", "config.json") if (changed / file).exists())
-    text = changed.read_text()
-    changed.write_text("\n".join([*text.splitlines()[1:], text.splitlines()[0]]) if "train" in name else f"{text} ")
-    done = run_here(script, "--resume", "mine", cwd=folder, check=False)
-    assert done.returncode == 2
-    assert f"error: --resume mine: changed since the run began: {folder / name}\n" in done.stderr
-
-
 def test_what_a_resumed_run_refuses(folder):
     good("--run-name", "refusals")
     run_dir = folder / "runs/refusals"
@@ -303,9 +194,6 @@ def test_what_a_resumed_run_refuses(folder):
     shutil.copy(TOY, folder / "other.py")
     assert "is a run of toy.py" in refused("--resume", "refusals", script=folder / "other.py")
     assert "there is no such run" in refused("--resume", "nowhere")
-    for name in ("refusals/", "../runs/refusals", folder / "runs/refusals", "..", ".refusals", " ", "refusals "):
-        for flag in ("--resume", "--run-name"):
-            assert f"{flag} {str(name)!r} must be a plain name" in refused(flag, name)
     assert "already exists" in refused("--run-name", "refusals")
     assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
 
@@ -484,75 +372,11 @@ def test_no_checkpoint_once_the_update_has_begun(folder):
     done = toy("--run-name", "explodes", "--learning-rate", 1e30)  # the first of two steps is far too long
     assert done.returncode == 2
     names, rows = re.search(r"error: update 1: not finite: (.*); rows (.*) of --train-split\n", done.stderr).groups()
-    assert names == "norm, loss" and len(rows.split(", ")) == 5 and rows.endswith(" and 3 more")
+    assert names == "norm, loss" and len(rows.split(", ")) == 8
     assert not checkpoints(folder / "runs/explodes")
     done = toy("--run-name", "one_step", "--learning-rate", 1e30, "--minibatch-size", 16)
-    assert done.returncode == 2 and "error: update 2: not finite: errors; rows 0, 1, 2, 3, 4 and 11 more" in done.stderr
+    assert done.returncode == 2 and "error: update 2: not finite: errors; rows 0, 1, 2" in done.stderr
     assert list(checkpoints(folder / "runs/one_step")) == [1]
-
-
-NOT_FINITE = {
-    "train": "logprobs, ref_logprobs; rows 7 of --train-split",
-    "validation": "in the evaluation before it: kl",
-}
-
-
-@pytest.mark.parametrize("split", NOT_FINITE)
-def test_nan_of_a_policy_is_named(folder, models, split):
-    """Weights that overflow at one word: in the first evaluation, or in a rollout, where they make no probability."""
-    tokenizer = AutoTokenizer.from_pretrained(models.sft)
-    rows = {name: read_rows(models.reference / f"{name}.jsonl") for name in ("train", "validation", "test")}
-    text = " ".join(row["prompt"] + row["completion"] for part in rows.values() for row in part)
-    spare = next(iter(set(range(300, len(tokenizer))) - set(tokenizer(text)["input_ids"])))
-    rows[split][7]["prompt"] = tokenizer.decode([spare]) + rows[split][7]["prompt"]
-    (folder / "data").mkdir()
-    for name, part in rows.items():
-        (folder / f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    model = AutoModelForCausalLM.from_pretrained(models.sft)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[spare] = 3e38 * (-1.0) ** torch.arange(64)
-    for kind in (model, tokenizer):
-        kind.save_pretrained(folder / "sft")
-    flags = (*models.flags, "--dataset", folder / "data", "--sft-path", folder / "sft", "--run-name", "nan")
-    sizes = ("--total-episodes", 256, "--batch-size", 256, "--minibatch-size", 256, "--temperature", 0.1)
-    done = run_here("drpo.py", *flags, *sizes, cwd=folder, check=False)
-    assert done.returncode == 2
-    assert re.search(rf"^error: update 1: not finite:? {NOT_FINITE[split]}$", done.stderr, re.MULTILINE)
-
-
-# the end
-def test_samples_and_table_come_after_everything_is_saved(folder, monkeypatch):
-    done = good("--run-name", "end").stdout
-    assert re.search("a sample\nanother\n(.*\n)*\n16 rows.*\n(.*\n)*\nfinal model: out", done)
-
-    def broken(*_, **__):
-        assert (folder / "runs/broken/result.json").exists() and (folder / "runs/broken/run.png").exists()
-        with FileLock(folder / "runs/.broken.lock", timeout=0):  # free
-            raise KeyError("printing")
-
-    monkeypatch.setattr(runs, "print_table", broken)
-    with pytest.raises(KeyError, match="printing"):
-        toy("--run-name", "broken")
-
-
-def test_ctrl_c_is_a_quiet_end_outside_of_the_updates(folder):
-    code = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-from dataclasses import dataclass
-from plumbing.flags import read_args
-@dataclass
-class Args:
-    seed: int = 1
-read_args(Args)
-print("ready", file=sys.stderr)
-time.sleep(60)
-"""
-    (folder / "waits.py").write_text(code)
-    process = start(folder / "waits.py")
-    read_until(process.stderr, "ready")
-    process.send_signal(signal.SIGINT)
-    assert process.communicate()[1].strip() == "" and process.returncode == -signal.SIGINT  # 130 in a shell
 
 
 # the real scripts
@@ -639,5 +463,5 @@ def test_a_gradient_that_is_not_finite_is_named(folder, models, script, update):
     done = run_script(script, *flags, cwd=folder, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     pattern = rf"error: update {update}: not finite: loss.*; rows (.*) of --train-split\n"
-    assert re.search(pattern, done.stderr)[1].endswith(f" and {(32 if script == 'sft.py' else 16) - 5} more")
+    assert len(re.search(pattern, done.stderr)[1].split(", ")) == (32 if script == "sft.py" else 16)
     assert list(checkpoints(folder / "runs/explodes")) == ([1] if script == "sft.py" else [])
