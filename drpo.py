@@ -118,9 +118,7 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
         ).last_hidden_state[:, -1]
         cdf = (output_head(model)(hidden).float() / temperature).softmax(-1).cumsum(-1)  # (rows, V)
         tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
-        tokens = tokens.clamp(
-            max=cdf.shape[1] - 1
-        )  # note: NaN is found later, by run.check_finite, which names its row
+        tokens = tokens.clamp(max=cdf.shape[1] - 1)  # note: NaN gives V; run.check_finite, later, names its row
         generated_ids[rows, t] = tokens * going
         going &= (tokens != eos) & (num_tokens[rows] > t + 1)  # differs from official code: a row ends at EOS
         if not going.any():

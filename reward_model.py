@@ -45,8 +45,9 @@ class Args:
     """hub name, folder or .jsonl/.parquet file with `prompt`, `chosen` and `rejected` (and `rubric`, for the table by margin)"""
     train_split: str = "train"
     """split to train on"""
-    reference_dataset: str = "data/tldr_mini/reference"
-    """dataset with `prompt` and `completion`, whose scores are centred to average 0"""
+    reference_dataset: str = ""
+    """dataset with `prompt` and `completion`, whose scores are centred to average 0; empty: the chosen answers of --dataset,
+    or data/tldr_mini/reference where that is the embedded task's"""
     sft_path: str = "models/sft"
     """folder or hub name of the supervised policy (pi_SFT) to start from; the default is trained if missing"""
     output_dir: str = "models/reward"
@@ -145,8 +146,10 @@ if __name__ == "__main__":
     # data
     names, columns = (args.train_split, args.eval_split), ("prompt", "chosen", "rejected")
     splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path)
-    columns, config = ("prompt", "completion"), args.dataset_config if args.reference_dataset == args.dataset else ""
-    references = load_rows(args.reference_dataset, config, names[:1], columns, args.sft_path)[args.train_split][:1000]
+    own = "data/tldr_mini/reference" if args.dataset == Args.dataset else args.dataset
+    source, columns = args.reference_dataset or own, ("prompt", "completion")  # of pairs, the chosen answers
+    config = args.dataset_config if source == args.dataset else ""
+    references = load_rows(source, config, names[:1], columns, args.sft_path)[args.train_split][:1000]
     build_missing((args.sft_path, Args.sft_path, "sft.py"))
     tokenizer = load(AutoTokenizer, args.sft_path)
     for rows in splits.values():
@@ -161,6 +164,7 @@ if __name__ == "__main__":
 
     # model; it comes without dropout, here as in the RL scripts
     model = load_model(AutoModelForSequenceClassification, args.sft_path, tokenizer, args, device, num_labels=1)
+    model.config.score_mean = 0.0  # not that of an earlier reward model, if it starts from one
     model.config.pad_token_id = tokenizer.pad_token_id  # where AutoModelForSequenceClassification looks for the end
     torch.manual_seed(args.seed)
     std = 1 / np.sqrt(model.score.in_features + 1)  # N+ detail 11
@@ -190,7 +194,7 @@ if __name__ == "__main__":
             losses = losses + args.center_coef * (chosen_scores + rejected_scores) ** 2
             loss = losses.sum() / len(picked)
             loss.backward()
-            correct = (chosen_scores > rejected_scores).float().sum() / len(picked)
+            correct = (0.5 + 0.5 * (chosen_scores - rejected_scores).sign()).sum() / len(picked)  # a tie counts half
             sums.update({"loss": loss.item(), "accuracy": correct.item()})
 
         # 2 step
@@ -220,12 +224,13 @@ if __name__ == "__main__":
     # 5 accuracy on held-out pairs
     batch = tensors_of(held_out)
     scores = in_chunks(scores_of, model, size, *batch, lengths=batch[1].sum(1) + batch[3].sum((1, 2)))
-    correct = (scores[:, 0] > scores[:, 1]).float().cpu().numpy()
+    correct = (0.5 + 0.5 * (scores[:, 0] - scores[:, 1]).sign()).cpu().numpy()  # a tie counts half
     result = {"all": {"pairs": len(held_out), "accuracy": float(correct.mean())}}
     if "rubric" in held_out[0]:
         quality = [[rubric_score(row[name], row["rubric"]) for row in held_out] for name in ("chosen", "rejected")]
         result = accuracy_by_margin(correct, np.subtract(*quality))
     for row in result.values():
         row["stderr"] = (row["accuracy"] * (1 - row["accuracy"]) / row["pairs"]) ** 0.5  # of the accuracy
-    print(f"\nreference scores: mean 0 (shifted by {model.config.score_mean:.3f}), std {reference_scores.std():.3f}")
+    shift, std = model.config.score_mean, reference_scores.std()
+    print(f"\nreference scores: mean 0 (shifted by {shift:.3f}), std {std:.3f}: {len(references)} answers of {source}")
     run.finish(result, f"{args.eval_split} pairs")
