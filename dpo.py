@@ -23,10 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 # reading, checking, saving, resuming, processes, memory: nothing in plumbing/ decides a number of the algorithm, and
 # plumbing/plain.py says in a few lines what each of these names stands for
-from plumbing import fail
-from plumbing.flags import read_args
+from plumbing.flags import read_args, whole_batches
 from plumbing.logits import output_head, selected_logprobs
-from plumbing.models import build_missing, load, load_model, make_trainable, merge, save_model, trainable
+from plumbing.models import build_missing, can_share, load, load_model, make_trainable, merge, save_model, trainable
 from plumbing.processes import gradient_norm, in_chunks, in_parts, micro_batches, start_processes, sum_over_processes
 from plumbing.rows import load_rows
 from plumbing.runs import Run
@@ -138,13 +137,11 @@ if __name__ == "__main__":
     splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path)
     splits[args.validation_split] = splits[args.validation_split][: args.eval_rows]
     train, validation = (splits[name] for name in names)
-    num_updates = args.num_epochs * len(train) // args.batch_size
-    if num_updates < 1:
-        fail(f"--num-epochs {args.num_epochs} of {len(train)} rows do not fill --batch-size {args.batch_size}")
     build_missing((args.sft_path, Args.sft_path, "sft.py"))
     tokenizer = load(AutoTokenizer, args.sft_path)
     for rows in splits.values():
         encode_rows(rows, tokenizer, args, chosen_ids="chosen", rejected_ids="rejected")
+    num_updates = whole_batches(args.num_epochs * len(train), args.batch_size)
     epochs = range(args.num_epochs)  # each a new shuffle of the train split
     order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
 
@@ -153,7 +150,7 @@ if __name__ == "__main__":
     trained = make_trainable(policy, policy, args)
     parameters = trainable(policy=policy)
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
-    size, logprobs_of = args.micro_batch_size, partial(pair_logprobs, share=not args.gradient_checkpointing)
+    size, logprobs_of = args.micro_batch_size, partial(pair_logprobs, share=can_share(policy, args))
 
     def tensors_of(rows):
         """Prompt ids, mask (B, P) and ids, mask (B, 2, R) of chosen and rejected, padded to the longest."""

@@ -24,19 +24,19 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
+from data.tldr_mini.rubric import rubric_score
+
 # reading, checking, saving, resuming, processes, memory: nothing in plumbing/ decides a number of the algorithm, and
 # plumbing/plain.py says in a few lines what each of these names stands for
 from plumbing import fail
-from plumbing.flags import read_args
+from plumbing.flags import read_args, whole_batches
 from plumbing.logits import output_head, selected_logprobs
 from plumbing.models import build_missing, load, load_model, make_trainable, merge, save_model, trainable
 from plumbing.processes import gradient_norm, in_chunks, micro_batches, start_processes, sum_over_processes
 from plumbing.rows import load_rows
-from plumbing.rubric import rubric_score
 from plumbing.runs import Run
 from plumbing.sharding import forward_pass, forward_passes
-from plumbing.speed import training_flops
-from plumbing.tokens import encode_rows, pad, trim
+from plumbing.tokens import encode_rows, end_ids, pad, trim
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Args:
 # rollout
 @forward_passes
 def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temperature):
-    """Continues every row of a left-padded context (B, C) until EOS or its own budget num_tokens (B,).
+    """Continues every row of a left-padded context (B, C) until an EOS of eos (E,) or its own budget num_tokens (B,).
 
     -> generated_ids (B, R), 0 after the end. Token t is the inverse CDF at uniforms[row, t], so a row's tokens do not
     depend on the rows beside it. The context is one forward pass; finished rows leave the batch and the cache.
@@ -120,7 +120,7 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
         tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
         tokens = tokens.clamp(max=cdf.shape[1] - 1)  # note: NaN gives V; run.check_finite, later, names its row
         generated_ids[rows, t] = tokens * going
-        going &= (tokens != eos) & (num_tokens[rows] > t + 1)  # differs from official code: a row ends at EOS
+        going &= ~torch.isin(tokens, eos) & (num_tokens[rows] > t + 1)  # differs from official code: rows end at EOS
         if not going.any():
             break
         if going.float().mean() < 0.9:  # copying the cache for every single row would take longer
@@ -132,8 +132,8 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
 
 
 def mask_to_eos(response_ids, eos):
-    """Response mask (B, R): True up to and including the first EOS."""
-    is_eos = (response_ids == eos).long()
+    """Response mask (B, R): True up to and including the first EOS, which any id of eos (E,) is."""
+    is_eos = torch.isin(response_ids, eos).long()
     return is_eos.cumsum(1) - is_eos == 0  # differs from official code (drpo.py:874, 881): nothing after EOS counts
 
 
@@ -235,7 +235,7 @@ def evaluate(policy, rows, ref_policy, reward_model, tokenizer, args, device):
     -> texts and means: win rate against the reference (by rubric, else by score; a tie is half a win), rubric, score,
     KL to SFT (nats per response), length (tokens, EOS included), share of responses that ended with EOS.
     """
-    size, eos, temperature = args.micro_batch_size, tokenizer.eos_token_id, args.temperature
+    size, eos, temperature = args.micro_batch_size, torch.tensor(end_ids(tokenizer), device=device), args.temperature
     prompts = pad([row["prompt_ids"] for row in rows], "left", device)  # ids (B, P), mask (B, P)
     offline = pad([row["offline_ids"] for row in rows], "right", device)  # the references
     table = np.random.default_rng(args.seed).random((len(rows), args.response_length), dtype=np.float32)
@@ -243,7 +243,7 @@ def evaluate(policy, rows, ref_policy, reward_model, tokenizer, args, device):
     context, lengths = (*prompts, uniforms, budget), prompts[1].sum(1)
     rollout = partial(in_chunks, generate, policy, 4 * size, *context, lengths=lengths)
     response_ids = rollout(eos=eos, temperature=temperature)  # (B, R)
-    mask, ended = mask_to_eos(response_ids, eos), (response_ids == eos).any(1)
+    mask, ended = mask_to_eos(response_ids, eos), torch.isin(response_ids, eos).any(1)
     batch, lengths = (*prompts, response_ids, mask), prompts[1].sum(1) + mask.sum(1)
     scores = in_chunks(sequence_scores, reward_model, size, *batch, lengths=lengths)
     scores = torch.where(ended, scores, args.missing_eos_score)
@@ -296,11 +296,11 @@ if __name__ == "__main__":
     parameters = trainable(policy=policy, critic=critic)
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
 
-    size, eos, temperature = args.micro_batch_size, tokenizer.eos_token_id, args.temperature
+    size, eos, temperature = args.micro_batch_size, torch.tensor(end_ids(tokenizer), device=device), args.temperature
     rollout = partial(in_chunks, generate, policy, 4 * size, eos=eos, temperature=temperature)  # more rows cost little
     frozen = {"ref_policy": ref_policy, "reward_model": reward_model, "tokenizer": tokenizer}
     measure = partial(evaluate, **frozen, args=args, device=device)
-    watched, num_updates = validation[: args.eval_rows], args.total_episodes // args.batch_size
+    watched, num_updates = validation[: args.eval_rows], whole_batches(args.total_episodes, args.batch_size)
 
     run.open(parameters, optimizer)  # with --resume, where the last checkpoint was
     run.history = run.history or [{"episodes": 0} | measure(policy, watched)[1]]
@@ -333,7 +333,7 @@ if __name__ == "__main__":
         batch = (*prompts, response_ids, response_mask)
         lengths = prompts[1].sum(1) + response_mask.sum(1)  # (B,); rows of like length share a micro-batch
         scores = in_chunks(sequence_scores, reward_model, size, *batch, lengths=lengths)  # (B,)
-        ended = (response_ids == eos).any(1)  # differs from official code (drpo.py:803): EOS in the last column counts
+        ended = torch.isin(response_ids, eos).any(1)  # differs from official code (drpo.py:803): in any column
         scores = torch.where(ended, scores, args.missing_eos_score)  # N+ detail 23
         logprobs, ref_logprobs = (
             in_chunks(token_logprobs, model, size, *batch, action_mask, lengths=lengths, temperature=temperature)
@@ -379,8 +379,7 @@ if __name__ == "__main__":
             optimizer.step()
             optimizer.zero_grad()
             stats.append(sums)
-        flops = training_flops(policy, critic, tokens=lengths.sum(), actions=action_mask.sum())
-        run.lap("optimise", flops=flops * args.num_ppo_epochs)
+        run.lap("optimise")
 
         # 6 log
         metrics = {
@@ -408,12 +407,18 @@ if __name__ == "__main__":
     save_model(args.output_dir, merge(trained), tokenizer)
     sft_texts, sft_result = measure(ref_policy, held_out)
     texts, result = measure(policy, held_out)
-    for row, sft_text, text in list(zip(held_out, sft_texts, texts))[:3]:
-        print(f"\n{row['prompt']}\n  reference:{row['completion']}\n  SFT:      {sft_text}\n  tuned:    {text}")
+    samples = [
+        f"\n{row['prompt']}\n  reference:{row['completion']}\n  SFT:      {sft_text}\n  tuned:    {text}"
+        for row, sft_text, text in list(zip(held_out, sft_texts, texts))[:3]
+    ]
     # new in DR-PO: from a reset, [dataset prefix] in brackets, then the policy's own tokens
     shown, rng = held_out[:3], np.random.default_rng([args.seed, RESETS])
     kept = sample_reset_len(np.array([len(row["reset_ids"]) for row in shown]), 1.0, rng)
-    states = [row | {"prompt_ids": row["prompt_ids"] + row["reset_ids"][:k]} for row, k in zip(shown, kept)]
-    for row, k, own in zip(shown, kept, measure(policy, states)[0]):
-        print(f"\n  from a reset: [{tokenizer.decode(row['reset_ids'][:k])}]{own}")
-    run.finish({"SFT": sft_result, "DR-PO": result}, f"{len(held_out)} prompts of {args.eval_split}")
+    context = pad([row["prompt_ids"] + row["reset_ids"][:k] for row, k in zip(shown, kept)], "left", device)
+    uniforms = torch.from_numpy(rng.random((len(shown), args.response_length), dtype=np.float32)).to(device)
+    budget = args.response_length - torch.from_numpy(kept).to(device)
+    own = rollout(*context, uniforms, budget, lengths=budget)
+    for row, k, ids, mask in zip(shown, kept, own, mask_to_eos(own, eos)):
+        text = tokenizer.decode(ids[mask][: args.response_length - k], skip_special_tokens=True)
+        samples.append(f"\n  from a reset: [{tokenizer.decode(row['reset_ids'][:k])}]{text}")
+    run.finish({"SFT": sft_result, "DR-PO": result}, f"{len(held_out)} prompts of {args.eval_split}", samples)

@@ -8,7 +8,7 @@ rubric, a second reward model, or a language model behind any OpenAI-compatible 
     python judge.py --judge api --api-model my-judge --api-base-url http://localhost:8000/v1
 
 DR-PO = arXiv:2404.08495v3. "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr. What differs from the paper:
- 1. the api judge sees every pair in both orders; where the two verdicts disagree it is a tie. The paper states no order.
+ 1. the api judge sees every pair in both orders; where the verdicts disagree it is a tie. The paper states no order.
  2. the win rate has an interval and a length-matched form: a longer summary wins more often whatever it says.
 """
 
@@ -26,19 +26,20 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
+from data.tldr_mini.rubric import rubric_score
+
 # reading, checking, saving, resuming, processes, memory: nothing in plumbing/ decides a number of the algorithm, and
 # plumbing/plain.py says in a few lines what each of these names stands for
 from plumbing import fail
-from plumbing.chat import cached, collect_verdicts, content_id
+from plumbing.chat import cached, collect_verdicts
 from plumbing.flags import read_args
 from plumbing.logits import output_head, selected_logprobs
-from plumbing.models import build_missing, check_model, load, load_model
+from plumbing.models import build_missing, check_model, content_id, load, load_model
 from plumbing.processes import go_on_alone, in_chunks, in_parts, start_processes
 from plumbing.rows import load_rows
-from plumbing.rubric import rubric_score
 from plumbing.runs import Run
 from plumbing.sharding import forward_pass, forward_passes
-from plumbing.tokens import encode, pad, trim
+from plumbing.tokens import encode, encode_rows, end_ids, pad, trim
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Args:
     seed: int = 1
     """seed of every random draw: prompts, sampling, bootstrap"""
     dataset: str = "data/tldr_mini/reference"
-    """hub name, folder or .jsonl/.parquet file with `prompt` and `completion` (and `rubric`, if quality can be computed)"""
+    """hub name, folder or .jsonl/.parquet file with `prompt` and `completion` (and `rubric`, where quality is known)"""
     split: str = "test"
     """split to judge on; `shifted` is the transfer test of the embedded task"""
     num_prompts: int = 0
@@ -71,12 +72,14 @@ class Args:
     """most prompt tokens; longer prompts are cut from the left"""
     response_length: int = 32
     """most response tokens, EOS included"""
+    missing_eos_score: float = -1.0
+    """score of a response without EOS; references average 0"""
 
     # judge
     judge: Literal["auto", "rubric", "reward-model", "api"] = "auto"
     """who compares; auto: api if --api-model is named, else the rubric where the dataset has one, else reward-model"""
     judge_path: str = ""
-    """second reward model for `--judge reward-model`; empty: --reward-path, which the policies were trained to please"""
+    """second reward model for `--judge reward-model`; empty: --reward-path, which policies were trained to please"""
     judge_prompt: str = "tldr"
     """question to the api judge: tldr, dialogue, or a text file with $prompt, $a and $b"""
     api_base_url: str = "http://localhost:8000/v1"
@@ -88,9 +91,9 @@ class Args:
     api_options: str = '{"temperature": 0, "max_tokens": 300}'
     """JSON object added to every request; some models want max_completion_tokens and no temperature"""
     api_concurrency: int = 8
-    """requests in flight"""
+    """requests in flight, at most 100"""
     api_timeout: float = 60.0
-    """seconds to wait for one reply"""
+    """seconds for the whole of one reply"""
     api_tries: int = 6
     """tries of one request when it times out, is refused for now (429, 5xx) or comes back broken"""
     api_backoff: float = 1.0
@@ -102,7 +105,7 @@ class Args:
 # rollout
 @forward_passes
 def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temperature):
-    """Continues every row of a left-padded context (B, C) until EOS or its own budget num_tokens (B,).
+    """Continues every row of a left-padded context (B, C) until an EOS of eos (E,) or its own budget num_tokens (B,).
 
     -> generated_ids (B, R), 0 after the end. Token t is the inverse CDF at uniforms[row, t], so a row's tokens do not
     depend on the rows beside it. The context is one forward pass; finished rows leave the batch and the cache.
@@ -119,7 +122,7 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
         tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
         tokens = tokens.clamp(max=cdf.shape[1] - 1)  # note: NaN gives V; run.check_finite, later, names its row
         generated_ids[rows, t] = tokens * going
-        going &= (tokens != eos) & (num_tokens[rows] > t + 1)  # differs from official code: a row ends at EOS
+        going &= ~torch.isin(tokens, eos) & (num_tokens[rows] > t + 1)  # differs from official code: rows end at EOS
         if not going.any():
             break
         if going.float().mean() < 0.9:  # copying the cache for every single row would take longer
@@ -131,8 +134,8 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
 
 
 def mask_to_eos(response_ids, eos):
-    """Response mask (B, R): True up to and including the first EOS."""
-    is_eos = (response_ids == eos).long()
+    """Response mask (B, R): True up to and including the first EOS, which any id of eos (E,) is."""
+    is_eos = torch.isin(response_ids, eos).long()
     return is_eos.cumsum(1) - is_eos == 0  # differs from official code (drpo.py:874, 881): nothing after EOS counts
 
 
@@ -167,18 +170,15 @@ def sequence_scores(reward_model, prompt_ids, prompt_mask, response_ids, respons
     return reward_model.score(last).squeeze(-1).float() - getattr(reward_model.config, "score_mean", 0.0)
 
 
-def complete(policy, ref_policy, rows, tokenizer, args, device):
-    """Lines about one completion of every row, at --temperature, and the KL of a sample at --train-temperature.
-
-    Both are drawn from the row's uniforms, the same for every policy.
-    """
-    size, eos = args.micro_batch_size, tokenizer.eos_token_id
+def complete(policy, ref_policy, rows, path, tokenizer, args, device):
+    """Completion of every row at --temperature, KL of a sample at --train-temperature -> lines; path names the policy."""
+    size, eos = args.micro_batch_size, torch.tensor(end_ids(tokenizer, path), device=device)  # (E,)
     prompts = pad([row["prompt_ids"] for row in rows], "left", device)  # ids (B, P), mask (B, P)
-    uniforms = torch.stack([row["uniforms"] for row in rows]).to(device)  # (B, R)
+    uniforms = torch.stack([row["uniforms"] for row in rows]).to(device)  # (B, R), the same for every policy
     budget = torch.full((len(rows),), args.response_length, device=device)
     sample = partial(in_chunks, generate, policy, size, *prompts, uniforms, budget, lengths=prompts[1].sum(1), eos=eos)
     ids = sample(temperature=args.temperature)  # (B, R)
-    masks, ended = mask_to_eos(ids, eos), (ids == eos).any(1)
+    masks, ended = mask_to_eos(ids, eos), torch.isin(ids, eos).any(1)
     samples = sample(temperature=args.train_temperature)
     mask = mask_to_eos(samples, eos)
     batch, lengths = (*prompts, samples, mask, mask), prompts[1].sum(1) + mask.sum(1)
@@ -195,12 +195,20 @@ def complete(policy, ref_policy, rows, tokenizer, args, device):
 
 
 # statistics
+def wilson_interval(wins, z=1.959964):
+    """95% interval of the mean of wins (n,): all p with (mean - p)^2 <= z^2 p (1 - p) / n (Wilson, 1927)."""
+    mean, ratio = np.mean(wins), z**2 / len(wins)
+    spread = (ratio * mean * (1 - mean) + ratio**2 / 4) ** 0.5
+    return [float(np.clip((mean + ratio / 2 + side) / (1 + ratio), 0, 1)) for side in (-spread, spread)]
+
+
 def bootstrap_interval(statistic, rng, *columns, num_resamples=2000):
-    """95% percentile interval of statistic(*columns), columns (n,), prompts resampled; None where it has no value."""
+    """95% percentile interval of statistic(*columns), columns (n,), prompts resampled; None where it has no width."""
     draws = rng.integers(len(columns[0]), size=(num_resamples, len(columns[0]))) if len(columns[0]) else ()
     values = [statistic(*(column[drawn] for column in columns)) for drawn in draws]
     values = [value for value in values if value is not None]
-    return np.quantile(values, (0.025, 0.975)).tolist() if values else None
+    ends = np.quantile(values or [0.0], (0.025, 0.975)).tolist()
+    return ends if ends[0] < ends[1] else None
 
 
 def length_matched(wins, lengths, ref_lengths, edges=(-0.3, -0.1, 0.1, 0.3), least=20):
@@ -221,6 +229,11 @@ def length_matched(wins, lengths, ref_lengths, edges=(-0.3, -0.1, 0.1, 0.3), lea
 PERCENT = "win_rate interval length_matched matched_interval says_a position_bias rouge1 rouge2 rougeL eos".split()
 
 
+def show(text):
+    """Text as a terminal may get it: control characters, those that turn its direction and the like are spelled out."""
+    return "".join(x if x == "\n" or x.isprintable() else ascii(x)[1:-1] for x in text)
+
+
 def format_cell(name, value):
     """A number of the table as text; '-' where there is none."""
     if isinstance(value, list):
@@ -233,7 +246,8 @@ def format_cell(name, value):
 def format_table(results):
     """Policy -> name -> value as the lines of a table in Markdown."""
     names = [name for name in next(iter(results.values())) if name != "length_bins"]
-    cells = [[path, *(format_cell(name, result[name]) for name in names)] for path, result in results.items()]
+    paths = [show(path).replace("\n", "\\n").replace("|", "\\|") for path in results]
+    cells = [[path, *(format_cell(name, row[name]) for name in names)] for path, row in zip(paths, results.values())]
     cells = [["", *(name.replace("_", " ") + " %" * (name in PERCENT) for name in names)], *cells]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in cells]
@@ -311,7 +325,7 @@ def read_question(name):
 
 def check_endpoint(args):
     """Ends the program if the address or the options of the api judge make no sense; -> the options, a dict."""
-    if not re.fullmatch(r"https?://(\[[^]@\s/]+\]|[^][:@\s/]+)(:\d+)?(/[^@?#\s]*)?", args.api_base_url):
+    if not re.fullmatch(r"https?://(\[[^]@\s/]+\]|[^][:@\s/]+)(:[0-6]?\d{1,4})?(/[^@?#\s]*)?", args.api_base_url):
         fail(f"--api-base-url must look like http://host:8000/v1 and hold no key; that goes to ${args.api_key_env}")
     try:
         options = {**json.loads(args.api_options, parse_constant=int)}  # so that NaN is an error
@@ -338,9 +352,8 @@ if __name__ == "__main__":
     rows = load_rows(args.dataset, args.dataset_config, (args.split,), columns, args.sft_path)[args.split]
     if not 0 <= args.num_prompts <= len(rows):
         fail(f"--num-prompts {args.num_prompts}: the split {args.split!r} has {len(rows)} rows")
-    if args.num_prompts:
-        picked = np.random.default_rng([args.seed, PROMPTS]).choice(len(rows), args.num_prompts, replace=False)
-        rows = [rows[i] for i in sorted(picked)]
+    picked = np.random.default_rng([args.seed, PROMPTS]).choice(len(rows), args.num_prompts or len(rows), False)
+    rows = [rows[i] for i in sorted(picked)]
     judge = args.judge
     if judge == "auto":
         judge = "api" if args.api_model else "rubric" if "rubric" in rows[0] else "reward-model"
@@ -365,65 +378,67 @@ if __name__ == "__main__":
         check_model(scalar, path, own, args.prompt_length + max(longest, args.response_length))
     for path in args.policies:
         check_model(causal, path, tokenizer, args.prompt_length + args.response_length)
+    encode_rows(rows, tokenizer, args)
     references = [ids[:-1] for ids in encode(tokenizer, [row["completion"] for row in rows], "responses", sys.maxsize)]
     references = [tokenizer.decode(ids, skip_special_tokens=True) for ids in references]  # written as completions are
-    prompt_ids = encode(tokenizer, [row["prompt"] for row in rows], "prompts", args.prompt_length)
 
     # 1 completions of every policy, and samples at the training temperature for the KL; kept for the next time
     table = np.random.default_rng(args.seed).random((len(rows), args.response_length), dtype=np.float32)
-    for row, *parts in zip(rows, prompt_ids, references, torch.from_numpy(table)):
-        row |= dict(zip(("prompt_ids", "reference", "uniforms"), parts))
-    settings = [args.temperature, args.train_temperature, args.prompt_length, args.response_length, args.seed]
-    settings += [args.dtype, device.type]
-    content = [[row["prompt"] for row in rows], references, content_id(args.sft_path), *settings]
+    for row, reference, uniforms in zip(rows, references, torch.from_numpy(table)):
+        row |= {"reference": reference, "uniforms": uniforms}
+    content = [[row["prompt"] for row in rows], references, content_id(args.sft_path), args.temperature]
+    content += [args.train_temperature, args.prompt_length, args.response_length, args.seed, args.dtype, device.type]
     generations = {}  # policy -> lines
     ref_policy = cache(partial(load_model, causal, args.sft_path, tokenizer, args, device))  # loaded once, if at all
 
     def completions(path):
         policy = load_model(causal, path, tokenizer, args, device)
-        lines = partial(complete, policy, ref_policy(), tokenizer=tokenizer, args=args, device=device)
+        lines = partial(complete, policy, ref_policy(), path=path, tokenizer=tokenizer, args=args, device=device)
         return [{"policy": path} | line for line in in_parts(lines, rows, args.micro_batch_size, path)]
 
     for path in args.policies:
         key = hashlib.sha256(json.dumps([content_id(path), *content]).encode()).hexdigest()[:16]
-        slug = re.sub(r"\W+", "-", path).strip("-")
+        slug = re.sub(r"\W+", "-", path)[-50:].strip("-")
         file = os.path.join(args.cache_dir, f"{slug}__{args.split}__{key}.jsonl")
-        generations[path] = cached(file, partial(completions, path))
+        lines = generations[path] = cached(file, partial(completions, path))
+        if [line.get("prompt") for line in lines] != [row["prompt"] for row in rows]:
+            fail(f"{file} is damaged, remove it")
         print(f"{len(rows)} completions of {path}: {file}")
+        if (ended := np.mean([line["eos"] for line in lines])) < 0.95:
+            print(f"note: {ended:.1%} of them end within --response-length; the others score {args.missing_eos_score}")
     go_on_alone()  # what is left takes one process
 
     # 2 scores of the reward model, and of the judge if that is one
     def score(path, answers):
-        """Scores (N,) of every column of answers, by the reward model at `path` and with its own tokenizer."""
+        """Scores (N,) of each policy's answers, by the reward model at `path` and with its own tokenizer."""
         own = load(AutoTokenizer, path)
         model = load_model(scalar, path, own, args, device)
         prompts = pad(encode(own, [row["prompt"] for row in rows], "prompts", args.prompt_length), "left", device)
         scores = {}
         for name, lines in answers.items():
             ids = encode(own, [line["completion"] for line in lines], "responses", sys.maxsize)
-            ids = [row if line["eos"] or len(row) == 1 else row[:-1] for row, line in zip(ids, lines)]
             responses = pad(ids, "right", device)
             lengths = prompts[1].sum(1) + responses[1].sum(1)
             found = in_chunks(sequence_scores, model, args.micro_batch_size, *prompts, *responses, lengths=lengths)
-            scores[name] = found.cpu().double().numpy()
+            scores[name] = np.where([line["eos"] for line in lines], found.cpu().double(), args.missing_eos_score)
         return scores
 
-    scores = score(args.reward_path, generations)
+    answers = {"": [{"completion": text, "eos": True} for text in references], **generations}
+    scores, rubric = score(args.reward_path, generations), {}  # policy -> (N,)
+    for path, lines in answers.items() if "rubric" in rows[0] else ():
+        rubric[path] = np.array([rubric_score(line["completion"], row["rubric"]) for line, row in zip(lines, rows)])
 
     # 3 compare every completion with its reference: 1 win, 0 loss, 0.5 tie, nan no verdict
     wins, counts = {}, {}  # policy -> (N,), policy -> columns of the api judge
-    if judge == "rubric":
-        target = [rubric_score(text, row["rubric"]) for text, row in zip(references, rows)]
-    elif judge == "reward-model":
-        answers = {"": [{"completion": text, "eos": True} for text in references], **generations}
-        judged = score(args.judge_path or args.reward_path, answers)
+    if judge != "api":
+        judged = rubric if judge == "rubric" else score(args.judge_path or args.reward_path, answers)
+        wins = {path: 0.5 + 0.5 * np.sign(judged[path] - judged[""]) for path in generations}
     else:
-        requests, asked = {}, {}  # key -> texts, messages; policy -> keys of each row, none where the texts are equal
+        requests, asked = {}, {path: [] for path in generations}  # key -> texts, messages; policy -> keys of each row
         for path, lines in generations.items():
-            asked[path] = []
             for line in lines:
                 pair, keys = (line["completion"].strip(), line["reference"].strip()), []
-                for a, b in (pair, pair[::-1]) if pair[0] != pair[1] else ():
+                for a, b in (pair, pair[::-1]) if pair[0] != pair[1] else ():  # equal texts are a tie
                     messages = ask_pair(question, line["prompt"], a, b)
                     content = [args.api_base_url, args.api_model, options, messages]
                     keys.append(hashlib.sha256(json.dumps(content).encode()).hexdigest())
@@ -431,13 +446,7 @@ if __name__ == "__main__":
                 asked[path].append(keys)
         file = os.path.join(args.cache_dir, "verdicts.jsonl")
         known = collect_verdicts(requests, file, args, options, parse_verdict, ASK_AGAIN)
-    for path, lines in generations.items():
-        if judge == "rubric":
-            quality = [rubric_score(line["completion"], row["rubric"]) for line, row in zip(lines, rows)]
-            wins[path] = 0.5 + 0.5 * np.sign(np.subtract(quality, target))
-        elif judge == "reward-model":
-            wins[path] = 0.5 + 0.5 * np.sign(judged[path] - judged[""])
-        else:
+        for path in generations:
             pairs = [[known[key] for key in keys] for keys in asked[path]]
             wins[path] = np.array([pair_win(*pair) if pair else 0.5 for pair in pairs])
             verdicts = [verdict for pair in pairs for verdict in pair if verdict]
@@ -460,28 +469,22 @@ if __name__ == "__main__":
         won, lengths = wins[path][valid], np.array([line["length"] for line in lines])
         rng = np.random.default_rng([args.seed, BOOTSTRAP])
         columns = (won, lengths[valid], ref_lengths[valid])  # each (n,)
-        result = {"win_rate": won.mean() if len(won) else None, "interval": bootstrap_interval(np.mean, rng, won)}
+        result = {"win_rate": won.mean() if len(won) else None, "interval": wilson_interval(won) if len(won) else None}
         result["length_matched"], result["length_bins"] = length_matched(*columns)
         interval = bootstrap_interval(lambda *drawn: length_matched(*drawn)[0], rng, *columns)
         result["matched_interval"] = interval if result["length_matched"] is not None else None
-        result |= counts.get(path, {})
-        if "rubric" in rows[0]:
-            quality = [rubric_score(line["completion"], row["rubric"]) for line, row in zip(lines, rows)]
-            result["rubric"] = np.mean(quality)
+        result |= counts.get(path, {}) | ({"rubric": rubric[path].mean()} if rubric else {})
         result |= {"score": scores[path].mean().item(), "kl": np.mean([line["kl"] for line in lines])}
-        pairs = zip(references, (line["completion"] for line in lines))
-        rouge = [scorer.score(*pair) for pair in pairs] if RougeScorer else []
+        rouge = [scorer.score(text, line["completion"]) for text, line in zip(references, lines)] if RougeScorer else []
         for name in rouge_names:
             result[name] = np.mean([score[name].fmeasure for score in rouge]) if rouge else None
         results[path] = result | {"length": lengths.mean(), "eos": np.mean([line["eos"] for line in lines])}
     judges = {"rubric": "exact rubric", "reward-model": args.judge_path or args.reward_path, "api": args.api_model}
     caption = f"{len(rows)} prompts of {args.split}, win rate against the reference, judge: {judges[judge]}"
-    note = "Interval: 95%, bootstrap over prompts. Length in tokens." + " No ROUGE: pip install rouge-score." * (
-        not rouge
-    )
-    text = "\n\n".join([caption, format_table(results), note]) + "\n"
+    note = f"95% intervals: Wilson, matched: bootstrap. Length in tokens. Score without EOS: {args.missing_eos_score}."
+    note += "" if rouge else " No ROUGE: pip install rouge-score."
+    text = show("\n\n".join([caption, format_table(results), note]) + "\n")
     run.keep({"result.json": json.dumps(results, indent=2), "table.md": text})
-    print(f"\n{rows[0]['prompt']}\n  reference:{references[0]}")
-    for path, lines in generations.items():
-        print(f"  {path}:{lines[0]['completion']}")
+    samples = "".join(f"\n  {path or 'reference'}:{lines[0]['completion']}" for path, lines in answers.items())
+    print(show(f"\n{rows[0]['prompt']}{samples}"))
     print(f"\n{text}\ntable.md, result.json: {run.dir}   generations, verdicts: {args.cache_dir}")

@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
+from data.tldr_mini.rubric import rubric_score
+
 # reading, checking, saving, resuming, processes, memory: nothing in plumbing/ decides a number of the algorithm, and
 # plumbing/plain.py says in a few lines what each of these names stands for
-from plumbing import fail
-from plumbing.flags import read_args
-from plumbing.models import build_missing, load, load_model, make_trainable, merge, save_model, trainable
+from plumbing.flags import read_args, whole_batches
+from plumbing.models import build_missing, can_share, load, load_model, make_trainable, merge, save_model, trainable
 from plumbing.processes import gradient_norm, in_chunks, micro_batches, start_processes, sum_over_processes
 from plumbing.rows import load_rows
-from plumbing.rubric import rubric_score
 from plumbing.runs import Run
 from plumbing.sharding import fill, forward_pass
 from plumbing.tokens import encode_rows, pad, trim
@@ -156,23 +156,20 @@ if __name__ == "__main__":
         encode_rows(rows, tokenizer, args, chosen_ids="chosen", rejected_ids="rejected")
     encode_rows(references, tokenizer, args, response_ids="completion")
     train, held_out = (splits[name] for name in names)
-    num_updates = args.num_epochs * len(train) // args.batch_size
-    if num_updates < 1:
-        fail(f"--num-epochs {args.num_epochs} of {len(train)} rows do not fill --batch-size {args.batch_size}")
+    num_updates = whole_batches(args.num_epochs * len(train), args.batch_size)
     epochs = range(args.num_epochs)  # each a new shuffle of the train split
     order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
 
     # model; it comes without dropout, here as in the RL scripts
     model = load_model(AutoModelForSequenceClassification, args.sft_path, tokenizer, args, device, num_labels=1)
     model.config.score_mean = 0.0  # not that of an earlier reward model, if it starts from one
-    model.config.pad_token_id = tokenizer.pad_token_id  # where AutoModelForSequenceClassification looks for the end
     torch.manual_seed(args.seed)
     std = 1 / np.sqrt(model.score.in_features + 1)  # N+ detail 11
     fill(model.score.weight, torch.nn.init.normal_(torch.empty(model.score.weight.shape), std=std))
     trained = make_trainable(model, model, args)
     parameters = trainable(reward_model=model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
-    size, scores_of = args.micro_batch_size, partial(pair_scores, share=not args.gradient_checkpointing)
+    size, scores_of = args.micro_batch_size, partial(pair_scores, share=can_share(model, args))
 
     def tensors_of(rows):
         """Prompt ids, mask (B, P) and ids, mask (B, 2, R) of chosen and rejected, padded to the longest."""
@@ -232,5 +229,5 @@ if __name__ == "__main__":
     for row in result.values():
         row["stderr"] = (row["accuracy"] * (1 - row["accuracy"]) / row["pairs"]) ** 0.5  # of the accuracy
     shift, std = model.config.score_mean, reference_scores.std()
-    print(f"\nreference scores: mean 0 (shifted by {shift:.3f}), std {std:.3f}: {len(references)} answers of {source}")
-    run.finish(result, f"{args.eval_split} pairs")
+    scores = f"mean 0 (shifted by {shift:.3f}), std {std:.3f}: {len(references)} answers of {source}"
+    run.finish(result, f"{args.eval_split} pairs", [f"\nreference scores: {scores}"])

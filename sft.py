@@ -21,15 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 # reading, checking, saving, resuming, processes, memory: nothing in plumbing/ decides a number of the algorithm, and
 # plumbing/plain.py says in a few lines what each of these names stands for
-from plumbing import fail
-from plumbing.flags import read_args
+from plumbing.flags import read_args, whole_batches
 from plumbing.logits import output_head, selected_logprobs
 from plumbing.models import load, load_model, make_trainable, merge, save_model, trainable
 from plumbing.processes import gradient_norm, in_chunks, micro_batches, start_processes, sum_over_processes
 from plumbing.rows import load_rows
 from plumbing.runs import Run
 from plumbing.sharding import forward_pass, forward_passes
-from plumbing.tokens import encode_rows, pad, trim
+from plumbing.tokens import encode_rows, end_ids, pad, trim
 
 
 @dataclass
@@ -92,7 +91,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, response_ids, response_mask, 
 # samples, shown at the end
 @forward_passes
 def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temperature):
-    """Continues every row of a left-padded context (B, C) until EOS or its own budget num_tokens (B,).
+    """Continues every row of a left-padded context (B, C) until an EOS of eos (E,) or its own budget num_tokens (B,).
 
     -> generated_ids (B, R), 0 after the end. Token t is the inverse CDF at uniforms[row, t], so a row's tokens do not
     depend on the rows beside it. The context is one forward pass; finished rows leave the batch and the cache.
@@ -109,7 +108,7 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
         tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
         tokens = tokens.clamp(max=cdf.shape[1] - 1)  # note: NaN gives V; run.check_finite, later, names its row
         generated_ids[rows, t] = tokens * going
-        going &= (tokens != eos) & (num_tokens[rows] > t + 1)  # differs from official code: a row ends at EOS
+        going &= ~torch.isin(tokens, eos) & (num_tokens[rows] > t + 1)  # differs from official code: rows end at EOS
         if not going.any():
             break
         if going.float().mean() < 0.9:  # copying the cache for every single row would take longer
@@ -121,8 +120,8 @@ def generate(model, context_ids, context_mask, uniforms, num_tokens, eos, temper
 
 
 def mask_to_eos(response_ids, eos):
-    """Response mask (B, R): True up to and including the first EOS."""
-    is_eos = (response_ids == eos).long()
+    """Response mask (B, R): True up to and including the first EOS, which any id of eos (E,) is."""
+    is_eos = torch.isin(response_ids, eos).long()
     return is_eos.cumsum(1) - is_eos == 0  # differs from official code (drpo.py:874, 881): nothing after EOS counts
 
 
@@ -139,9 +138,7 @@ if __name__ == "__main__":
     for rows in splits.values():
         encode_rows(rows, tokenizer, args, response_ids="completion")
     train, validation = (splits[name] for name in names)
-    num_updates = args.num_epochs * len(train) // args.batch_size
-    if num_updates < 1:
-        fail(f"--num-epochs {args.num_epochs} of {len(train)} rows do not fill --batch-size {args.batch_size}")
+    num_updates = whole_batches(args.num_epochs * len(train), args.batch_size)
     epochs = range(args.num_epochs)  # each a new shuffle of the train split
     order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
 
@@ -152,7 +149,7 @@ if __name__ == "__main__":
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True
     )
-    size, eos, eval_every = args.micro_batch_size, tokenizer.eos_token_id, max(1, len(train) // args.batch_size)
+    size, eval_every = args.micro_batch_size, max(1, len(train) // args.batch_size)
 
     def tensors_of(rows, train_on_prompt):
         """Prompt ids, mask (B, P) and target ids, mask (B, R) of some rows, padded to the longest; lengths (B,)."""
@@ -202,6 +199,7 @@ if __name__ == "__main__":
     # 4 save, show the loss and samples of what was saved
     save_model(args.output_dir, merge(trained), tokenizer)
     prompts = pad([row["prompt_ids"] for row in validation], "left", device)  # ids (B, P), mask (B, P)
+    eos = torch.tensor(end_ids(tokenizer), device=device)  # (E,)
     rng = np.random.default_rng([args.seed, SAMPLING])
     uniforms = torch.from_numpy(rng.random((len(validation), args.response_length), dtype=np.float32)).to(device)
     budget = torch.full((len(validation),), args.response_length, device=device)
@@ -209,9 +207,11 @@ if __name__ == "__main__":
     sampled = in_chunks(
         generate, policy, 4 * size, *context, lengths=lengths, eos=eos, temperature=args.temperature
     )  # (B, R)
-    masks, ended = mask_to_eos(sampled, eos), (sampled == eos).any(1)
-    for row, ids, mask in list(zip(validation, sampled, masks))[:3]:
-        text = tokenizer.decode(ids[mask], skip_special_tokens=True)
-        print(f"\n{row['prompt']}\n  reference:{row['completion']}\n  SFT:      {text}")
+    masks, ended = mask_to_eos(sampled, eos), torch.isin(sampled, eos).any(1)
+    texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(sampled[:3], masks)]
+    samples = [
+        f"\n{row['prompt']}\n  reference:{row['completion']}\n  SFT:      {text}"
+        for row, text in zip(validation, texts)
+    ]
     result = {"loss": validation_loss(), "eos": ended.float().mean().item()}
-    run.finish({"SFT": result}, f"{len(validation)} of {args.validation_split}")
+    run.finish({"SFT": result}, f"{len(validation)} of {args.validation_split}", samples)

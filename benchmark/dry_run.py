@@ -57,9 +57,10 @@ class Start:
         stand_ins = {
             flags: {"read_args": self.read_args},
             rows: {"load_rows": self.load_rows},
-            models: {name: getattr(self, name) for name in ("load", "load_model", "build_missing", "make_trainable")},
+            models: {name: getattr(self, name) for name in ("load", "load_model", "build_missing", "make_trainable")}
+            | {"content_id": lambda path: path, "check_model": lambda *_: None},  # judged_models() checks them
             runs.Run: {"open": lambda run, parameters, optimizer: self.stop(parameters)},
-            chat: {"content_id": lambda path: path, "cached": lambda path, make: self.stop({})},
+            chat: {"cached": lambda path, make: self.stop({})},
             sys: {"argv": [script, *flags_of_script]},
         }
         with ExitStack() as stack:
@@ -98,13 +99,14 @@ class Start:
         for path, default, script in wanted:
             if path != default:
                 self.load(AutoTokenizer, path)
-            elif not os.path.isdir(path) and os.path.normpath(path) not in self.planned:
+            elif not os.path.exists(f"{path}/config.json") and os.path.normpath(path) not in self.planned:
                 self.plan(path, script, FIRST_STEP)
 
     def load_model(self, auto_class, path, tokenizer, args, device=None, may_be_empty=False, **config):
         with EMPTY:
             model = auto_class.from_config(self.load(AutoConfig, path, **config), dtype=torch.float32)
         models.check_fit(model, path, tokenizer, args.prompt_length + args.response_length)
+        model.has_cache = True
         self.models.append(model)
         return model.eval()
 
@@ -213,11 +215,12 @@ def report(script, start, models):
     """Prints what the script read and built."""
     args, parameters = start.args, start.parameters
     found = [row for split in start.splits.values() for row in split[:NUM_ROWS]]
-    if hasattr(args, "policies"):  # judge.py encodes the rows that it drew, and their references for each of its models
-        found = [row for row in found if "prompt_ids" in row]
-        tokenizer, texts = start.load(AutoTokenizer, args.sft_path), [row["completion"] for row in found]
-        for row, ids in zip(found, tokens.encode(tokenizer, texts, "responses", args.response_length)):
-            row["reference_ids"] = ids
+    if hasattr(args, "policies"):  # judge.py encodes copies of the rows, and their references for each of its models
+        tokenizer = start.load(AutoTokenizer, args.sft_path)
+        kinds = {"prompt": ("prompts", args.prompt_length), "completion": ("responses", args.response_length)}
+        for column, name in (("prompt", "prompt_ids"), ("completion", "reference_ids")):
+            for row, ids in zip(found, tokens.encode(tokenizer, [row[column] for row in found], *kinds[column])):
+                row[name] = ids
     print(f"\ndry run of {script}: it would start now\n\nfirst row\n  prompt: {shorten(found[0]['prompt'])}")
     for name in ("chosen", "rejected") if "chosen_ids" in found[0] else ("completion",):
         print(f"  {name}: {shorten(found[0][name])}")

@@ -16,6 +16,7 @@ import os
 import runpy
 import sys
 import tempfile
+import time
 from unittest import mock
 
 import torch
@@ -30,9 +31,9 @@ LAP, UPDATES = Run.lap, Run.updates
 PYTHIA_1B = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8, "intermediate_size": 8192}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 STAGES = ("rollout", "score", "optimise")
-RATIO_TOLERANCE = (
-    0.05  # mean |ratio - 1|: bfloat16 has 8 bits, and a log-prob of -11 is the sum of many rounded products
-)
+EPOCHS = 4
+# mean |ratio - 1|: bfloat16 has 8 bits, and a log-prob of -11 is the sum of many rounded products
+RATIO_TOLERANCE = 0.05
 
 
 def write_inputs(folder, sizes, vocabulary, rows):
@@ -65,13 +66,31 @@ def watch(peaks):
             torch.cuda.synchronize()  # the seconds are then those of the GPU
         peaks.append(torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan)
         LAP(run, *args, **kwargs)
-        reset()  # nor what the lap takes to measure the GPU's speed
+        reset()
 
     def reset():
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
     return mock.patch.multiple(Run, updates=updates, lap=lap)
+
+
+def flop_rate(size=8192):
+    """FLOP/s of one large matrix product in bfloat16 on this GPU; on a CPU, where nobody asks, NaN."""
+    if not torch.cuda.is_available():
+        return math.nan
+    x, seconds = torch.randn(size, size, device="cuda", dtype=torch.bfloat16), []
+    for _ in range(10):
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for the GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def body_weights(sizes):
+    """Numbers in the matrices of a body: attention 4 d^2 and MLP 2 d m a layer."""
+    width, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    return sizes["num_hidden_layers"] * (4 * width**2 + 2 * width * inner)
 
 
 def check(name, holds):
@@ -86,13 +105,15 @@ if __name__ == "__main__":
     args = parser.parse_args()
     transformers.logging.disable_progress_bar()
     rows, prompt, response = (8, 64, 24) if args.tiny else (64, 512, 53)
+    sizes = TINY if args.tiny else PYTHIA_1B
     flags = ["--dtype", "bfloat16", "--gradient-checkpointing", "--micro-batch-size", args.micro_batch_size]
     flags += ["--batch-size", rows, "--minibatch-size", rows, "--total-episodes", 3 * rows, "--eval-rows", 8]
+    flags += ["--num-ppo-epochs", EPOCHS]
     flags += ["--prompt-length", prompt, "--response-length", response, "--learning-rate", 3e-6, "--run-name", "gpu"]
     flags += ["--dataset", "dataset", "--sft-path", "sft", "--reward-path", "reward", "--output-dir", "policy"]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        write_inputs(folder, TINY if args.tiny else PYTHIA_1B, 1024 if args.tiny else 50_304, rows)
+        write_inputs(folder, sizes, 1024 if args.tiny else 50_304, rows)
         sys.argv = ["drpo.py", *map(str, flags)]
         peaks = []
         with watch(peaks):
@@ -106,10 +127,15 @@ if __name__ == "__main__":
     )
     titles = [f"{stage}, s | {stage}, GiB" for stage in STAGES] + ["tokens/s", "MFU"]
     print("| update | " + " | ".join(titles) + " |\n|" + "---|" * 9)
+    rate = flop_rate()
     for number, line in enumerate(metrics):
         found = peaks[number * len(STAGES) :]
         cells = [f"{line[f'time/{stage}']:.2f} | {peak:.2f}" for stage, peak in zip(STAGES, found)]
-        cells += [f"{line['time/tokens_per_second']:.0f}", f"{line.get('time/mfu', math.nan):.2f}"]
+        # 6 FLOPs a weight and token of policy and critic in each epoch; what output heads, attention scores and
+        # recomputation take comes on top
+        tokens = rows * (prompt + line["response/length"])
+        flops = 6 * 2 * body_weights(sizes) * tokens * EPOCHS
+        cells += [f"{line['time/tokens_per_second']:.0f}", f"{flops / (line['time/optimise'] * rate):.2f}"]
         print(f"| {number + 1} | " + " | ".join(cells) + " |")
     ratio_error = max(line["policy/first_ratio_error"] for line in metrics)
     held = [

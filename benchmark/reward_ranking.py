@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from data.tldr_mini.rubric import rubric_score  # noqa: E402
 from plumbing.processes import in_chunks  # noqa: E402
 from plumbing.rows import load_rows  # noqa: E402
-from plumbing.rubric import rubric_score  # noqa: E402
 from plumbing.tokens import encode, pad  # noqa: E402
 from ppo import generate, mask_to_eos, sequence_scores  # noqa: E402  (scripts never import each other, benchmarks may)
 

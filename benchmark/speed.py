@@ -277,7 +277,7 @@ def pass_parts(folder, vocab, passes=3, **sizes):
         within, above = event.name, event.cpu_parent
         while above:
             within, above = f"{within} {above.name}", above.cpu_parent
-        if "TokenLogprob" in within:
+        if any(name in within for name in ("cross_entropy", "LogSoftmaxBackward", "NllLossBackward")):
             part = "log-softmax"
         elif event.name in ("aten::mm", "aten::addmm", "aten::bmm"):
             part = "matrix products"

@@ -1,10 +1,9 @@
 """What the scripts share and what decides no number of a method: reading, checking, saving, resuming, processes, memory.
 
-The rule, for whoever adds a line here: plain.py says in a few lines what every public name stands for, with one process,
-the whole batch at once and nothing to resume; put in place of this folder, a script must log the same numbers, up to
-rounding, and a test does that. A loss, a mask, a sampling rule, an advantage, a schedule, the default of a coefficient
-belong in the script, in the order of the paper's algorithm box. No file here imports a script or asks which one runs.
-Two flags do change what is computed, the same in every method, because the user asks: --lora-rank and --dtype.
+The rule for a new line here: plain.py says in a few lines what every public name stands for, and a script that uses it in
+place of this folder must log the same numbers, up to rounding; a test does that. A loss, a mask, a sampling rule, a schedule,
+the default of a coefficient belong in the script. No file here imports a script or asks which one runs. Only --lora-rank and
+--dtype change what is computed, the same in every method, because the user asks.
 
     flags.py      the flags of every script, --resume, numbers that make no sense
     rows.py       datasets of any known shape -> rows of text
@@ -15,22 +14,48 @@ Two flags do change what is computed, the same in every method, because the user
     sharding.py   --shard: every model split over the processes
     runs.py       runs/NAME: arguments, metrics, checkpoints, signals, progress, results, picture
     chat.py       judge.py's requests to a chat endpoint: retries, refusals, verdicts kept as they arrive
-    speed.py      FLOPs of an update, speed of a GPU
-    rubric.py     the embedded task's exact measure of quality, a property of that data set
     plain.py      what all of this stands for; `python -m plumbing.plain drpo.py` writes a script as one file
-    one_file.py   how that is written
 """
 
+import io
+import itertools
 import os
+import re
 import sys
+import tempfile
 from contextlib import contextmanager
 
+from tqdm import tqdm
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+inputs = {}  # what a run has read: model, or dataset and split -> hash; kept in its checkpoints
+
+
+class Stream(io.FileIO):
+    """stdout or stderr: what cannot be said, because nobody reads on or the disk of a log is full, is left out."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def steady_streams():
+    """From here on no print ends a program, not even one of a character that the terminal lacks."""
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)
+        if old is getattr(sys, f"__{name}__"):  # else somebody captures it; None: closed from the start
+            raw = io.BufferedWriter(Stream(old.fileno() if old else os.devnull, "w", closefd=not old))
+            encoding = getattr(old, "encoding", "utf-8")
+            setattr(sys, name, io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True))
 
 
 def fail(message):
     """Bad input: one line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    for bar in [*tqdm._instances]:  # each ends its own line
+        bar.close()
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -42,10 +67,9 @@ def find(path):
 
 @contextmanager
 def writing(what):
-    """A full disk, a folder that cannot be written: one line, and nothing half-written stays.
+    """A full disk, a folder that cannot be written: one line, and `what`.tmp, if there is such a file, goes.
 
-    what: the path, whose temporary name is `what`.tmp, or words that say what is being written. A mistake in the body
-    is no such thing and keeps its traceback.
+    A mistake in the body is no such thing and keeps its traceback.
     """
     try:
         yield
@@ -61,6 +85,40 @@ def writing(what):
 def write_text(path, text):
     """Under a temporary name, then renamed."""
     with writing(path):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(f"{path}.tmp", path)
+
+
+def try_folder(path):
+    """Ends the program unless new_folder can make and fill `path`; leaves nothing."""
+    with writing(f"the folder {path}"):
+        parent = path = os.path.realpath(path)
+        while not os.path.lexists(parent):
+            parent = os.path.dirname(parent)
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            os.makedirs(os.path.join(folder, os.path.relpath(path, parent)), exist_ok=True)
+
+
+@contextmanager
+def new_folder(path):
+    """A fresh folder to fill, whose contents then become those of `path`; what was there is kept in path/1, path/2, ...
+
+    The folder itself is never renamed, as a mount point cannot be. config.json goes first and comes last: nothing loads
+    what is there in between. A save that is killed leaves a folder *.tmp, which nothing reads.
+    """
+    with writing(f"the folder {path}"):
+        os.makedirs(os.path.realpath(path), exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path, suffix=".tmp") as folder:
+            yield folder
+            is_config = "config.json".__eq__
+            stays = re.compile(r"\d+|.*\.tmp|lost\+found").fullmatch  # the last is a disk's own
+            if earlier := [name for name in os.listdir(path) if not stays(name)]:
+                kept = next(x for n in itertools.count(1) if not os.path.lexists(x := os.path.join(path, str(n))))
+                os.mkdir(kept)
+                for name in sorted(earlier, key=is_config, reverse=True):
+                    os.rename(os.path.join(path, name), os.path.join(kept, name))
+                print(f"keeping what was in {path} in {kept}")
+            for name in sorted(os.listdir(folder), key=is_config):
+                os.rename(os.path.join(folder, name), os.path.join(path, name))

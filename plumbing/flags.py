@@ -1,15 +1,17 @@
 """The command line: a script's own flags and those that every script has."""
 
 import json
+import math
 import os
+import signal
 import sys
 from dataclasses import dataclass, fields, make_dataclass
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, get_args
 
 import tyro
 
-from plumbing import fail
+from plumbing import fail, steady_streams
 
 # what --resume may change: the numbers stay the same, up to rounding
 FREE = {"save_every", "keep_checkpoints", "output_dir", "process_timeout", "micro_batch_size", "gradient_checkpointing"}
@@ -66,23 +68,35 @@ def parse(Args, common, saved):
 
 
 def read_args(Args, may_be_0="", trains=True):
-    """The command line, checked; with --resume the flags of that run, of which few may be given another value.
+    """The command line, checked; with --resume the flags of that run. trains: there are --resume, --shard and the like.
 
-    trains: with the flags of a run that can be resumed, sharded, adapted. Numbers must be above 0, those named in
-    may_be_0 at least 0; missing_eos_score alone may be negative.
+    Numbers must be above 0, those named in may_be_0 at least 0; missing_eos_score alone may be negative.
     """
+    steady_streams()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
     common = RunArgs if trains else MachineArgs
     args = parse(Args, common, {})
-    if trains and args.resume:
+    for name in {"run_name", "resume"} & vars(args).keys():
+        value = getattr(args, name)
+        if value != os.path.basename(value).strip().lstrip("."):
+            fail(f"{flag(name)} {value!r} must be a plain name: no slash, no dot in front, no space around it")
+    if getattr(args, "resume", ""):
         args = resumed(Args, common, args)
     may_be_0 = {"seed", "lora_rank", *may_be_0.split()}
     for name, value in vars(args).items():
-        number = type(value) in (int, float) and name != "missing_eos_score"
-        if number and not (value > 0 or (value == 0 and name in may_be_0)):
-            fail(f"--{name.replace('_', '-')} {value} must be {'at least' if name in may_be_0 else 'above'} 0")
+        if type(value) in (int, float):
+            if name != "missing_eos_score" and not (value > 0 or (value == 0 and name in may_be_0)):
+                fail(f"{flag(name)} {value} must be {'at least' if name in may_be_0 else 'above'} 0")
+            if not abs(value) < (2**63 if type(value) is int else math.inf):
+                fail(f"{flag(name)} {value} must be finite, a whole number below 2**63")
     if trains and args.shard and ("RANK" not in os.environ or args.lora_rank):
         fail("--shard runs under torchrun (torchrun --nproc-per-node N SCRIPT --shard ...) and without --lora-rank")
     return args
+
+
+def flag(name):
+    return f"--{name.replace('_', '-')}"
 
 
 def resumed(Args, common, args):
@@ -90,15 +104,29 @@ def resumed(Args, common, args):
     try:
         with open(os.path.join("runs", args.resume, "args.json")) as file:
             saved = json.load(file)
-    except (OSError, ValueError) as error:
+        script, _ = saved.pop("script", "another script"), saved.pop("id", None)
+    except Exception as error:  # of many kinds, whatever the file holds
         fail(f"--resume {args.resume}: there is no such run: {error}")
-    script = saved.pop("script", "another script")
     if script != os.path.basename(sys.argv[0]) or saved.keys() != vars(args).keys():
         fail(f"--resume {args.resume} is a run of {script}, with the flags {', '.join(saved)}")
+    for field in (*fields(Args), *fields(common)):  # each value must be one that the command line would take
+        value, choices = saved[field.name], get_args(field.type)  # of a Literal
+        kinds = (int, float) if field.type is float else (field.type,)
+        if value not in choices if choices else type(value) not in kinds:
+            fail(f"--resume {args.resume}: {flag(field.name)} cannot be {value!r}, as its args.json has it")
     args = parse(Args, common, saved | {"resume": args.resume})
     for name in sorted(saved.keys() - FREE):
-        old, new = saved[name], getattr(args, name)
-        if new != old and not (name in MAY_GROW and new > old):
-            change = "can only grow" if name in MAY_GROW else "cannot change"
-            fail(f"--{name.replace('_', '-')} is {old!r} in {args.resume} and {change} within a run")
+        old, new, may_grow = saved[name], getattr(args, name), name in MAY_GROW
+        if new != old and not (may_grow and new > old):
+            change = "can only grow" if may_grow else "cannot change"
+            fail(f"{flag(name)} is {old!r} in {args.resume} and {change} within a run")
     return args
+
+
+def whole_batches(rows, batch_size):
+    """Number of batches that the rows of all epochs fill; says what is left over."""
+    if rows < batch_size:
+        fail(f"the {rows} rows of all epochs do not fill --batch-size {batch_size}")
+    if rows % batch_size:
+        print(f"note: the last {rows % batch_size} of {rows} rows do not fill a batch and are left out")
+    return rows // batch_size

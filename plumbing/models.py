@@ -1,31 +1,40 @@
 """Models: loaded and checked, made trainable in little memory, saved."""
 
+import hashlib
 import os
-import re
+import signal
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import save_file
+from filelock import FileLock
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, DynamicCache
 
-from plumbing import ROOT, fail, find, writing
+from plumbing import ROOT, fail, find, inputs, new_folder, writing
 from plumbing.logits import output_head
 from plumbing.processes import barrier, rank
-from plumbing.sharding import is_sharded, shard, whole
+from plumbing.sharding import decoder_layers, is_sharded, shard, whole
+from plumbing.tokens import end_ids
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-WEIGHTS = r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)(\.index\.json)?$"
+WEIGHTS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
-def load(auto_class, path, **kwargs):
-    """`from_pretrained` of a folder or hub name, whose code never runs; what fails there becomes one line."""
+def load(auto_class, path, weights=True, **kwargs):
+    """What a folder or hub name holds, or its config with random weights. Code from there never runs; errors are one line."""
+    source, no_code = find(path), {"trust_remote_code": False}
+    if os.path.exists(os.path.join(source, "adapter_config.json")):
+        fail(f"{path} holds LoRA adapters alone; name a folder of the whole model, into which they are merged")
     try:
-        return auto_class.from_pretrained(find(path), trust_remote_code=False, **kwargs)
+        if weights:
+            return auto_class.from_pretrained(source, **no_code, **kwargs)
+        return auto_class.from_config(AutoConfig.from_pretrained(source, **no_code), **no_code, **kwargs)
     except Exception as error:  # transformers, safetensors and the hub raise many kinds
         fail(f"cannot load {path}: {(str(error) or repr(error)).strip().splitlines()[0]}")
 
@@ -33,74 +42,44 @@ def load(auto_class, path, **kwargs):
 def load_model(auto_class, path, tokenizer, args, device, may_be_empty=False, **config):
     """A model that fits tokenizer, lengths and role, in float32, without dropout, on the device or sharded.
 
-    Weights come from safetensors alone, all of them, but for the head where `num_labels` asks for a new one. may_be_empty:
-    a folder without weights of any kind is initialised at random from its config.
+    may_be_empty: of a folder without weight files of any kind it is a random one. num_labels: its scalar head may be new.
     """
-    folder = find(path)
-    if may_be_empty and os.path.isdir(folder) and not any(re.search(WEIGHTS, name) for name in os.listdir(folder)):
+    folder, info = find(path), {}
+    if may_be_empty and os.path.isdir(folder) and not any(name.endswith(WEIGHTS) for name in os.listdir(folder)):
         print(f"{path} holds no weights: initialising at random from its config")
         torch.manual_seed(args.seed)
-        model, info = auto_class.from_config(load(AutoConfig, path), dtype=torch.float32), {}
+        model = load(auto_class, path, weights=False, dtype=torch.float32)
     else:
         report = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # check_weights names what does not fit
         model, info = load(auto_class, path, dtype=torch.float32, use_safetensors=True, **report, **config)
     check_fit(model, path, tokenizer, args.prompt_length + args.response_length)
     check_weights(model, path, info, new_head="num_labels" in config)
+    if rank() == 0 and path not in inputs:
+        inputs[path] = content_id(path)
+    model.get_input_embeddings().padding_idx = None  # what is padding elsewhere may be a token here, which is trained
+    if hasattr(model, "score"):
+        model.score.__class__ = Float32Head
+        made_here = "num_labels" in config or hasattr(model.config, "score_mean")
+        if not made_here and model.config.pad_token_id in end_ids(tokenizer, path):
+            print(f"note: {path} pads with its EOS: trained to be read one token before it, it is read at it here")
     sharded = getattr(args, "shard", False)  # judge.py has no --shard
     model = (model if sharded else model.to(device)).eval()
     check_reading(model, path)
-    if args.dtype != "float32" and hasattr(model, "score"):
-        keep_float32(model.score)
     return shard(model) if sharded else model
 
 
-def check_weights(model, path, info, new_head):
-    """Ends the program at weights that the file lacks, where random numbers would stand, or has too many, or not finite."""
-    missing, unexpected = set(info.get("missing_keys", ())), set(info.get("unexpected_keys", ()))
-    if new_head and missing == {"score.weight"}:  # in the place of the output head, which is no part of the body
-        missing, unexpected = set(), {name for name in unexpected if name.startswith(f"{model.base_model_prefix}.")}
-    problems = {"lacks": missing, "has the unknown": unexpected, "has in another shape": info.get("mismatched_keys")}
-    problems["holds NaN or infinity in"] = {name for name, p in model.named_parameters() if not p.isfinite().all()}
-    for problem, names in problems.items():
-        if names:
-            names = sorted(map(str, names))
-            fail(f"{path} {problem} {', '.join(names[:5])}" + f" and {len(names) - 5} more" * (len(names) > 5))
+class Float32Head(torch.nn.Linear):
+    """A scalar head outside autocast: scores and values are float32 numbers, not bfloat16 ones."""
 
-
-@torch.no_grad()
-def check_reading(model, path):
-    """Ends the program unless the model, read as the scripts do, gives the outputs of its own forward pass.
-
-    That is: whole; and as in a rollout, padded on the left, from a cache that finished rows leave.
-    """
-    ids = 1 + torch.arange(10, device=model.device).view(2, 5) % (model.get_input_embeddings().num_embeddings - 1)
-    ids[ids == getattr(model.config, "pad_token_id", None)] += 1
-    mask, positions = F.pad(torch.ones_like(ids), (2, 0)).bool(), torch.arange(5, device=ids.device).expand(2, -1)
-    try:
-        with torch.autocast(model.device.type, enabled=False):
-            own = torch.cat([model(input_ids=row[None]).logits for row in ids])  # (2, 5, V), or (2, 1) scores
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (2, 5, d)
-            if hasattr(model, "score"):
-                pairs = [(model.score(hidden[:, -1]), own)]
-            else:
-                cache, logits = DynamicCache(config=model.config), output_head(model)
-                read = partial(model.base_model, past_key_values=cache, use_cache=True)
-                padded = {"input_ids": F.pad(ids[:, :4], (2, 0)), "position_ids": F.pad(positions[:, :4], (2, 0))}
-                start = read(**padded, attention_mask=mask[:, :6]).last_hidden_state[:, 2:]
-                cache.batch_select_indices(torch.tensor([False, True], device=ids.device))
-                rest = read(input_ids=ids[1:, 4:], position_ids=positions[1:, 4:], attention_mask=mask[1:])
-                pairs = [(logits(hidden), own), (logits(start), own[:, :4])]
-                pairs.append((logits(rest.last_hidden_state), own[1:, 4:]))
-    except Exception as error:  # models raise what they like at arguments that they do not know
-        fail(f"{path}: {type(model).__name__} cannot be read as a decoder with a cache: {str(error).splitlines()[0]}")
-    if not all(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3) for ours, theirs in pairs):
-        fail(f"{path}: {type(model).__name__} does more, before or behind its output head, than is supported here")
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
 
 
 def check_model(auto_class, path, tokenizer, length):
     """As load_model checks, before there is time or memory for the weights."""
     with torch.device("meta"):  # shapes alone
-        check_fit(auto_class.from_config(load(AutoConfig, path)), path, tokenizer, length)
+        check_fit(load(auto_class, path, weights=False), path, tokenizer, length)
 
 
 def check_fit(model, path, tokenizer, length):
@@ -117,17 +96,89 @@ def check_fit(model, path, tokenizer, length):
         fail(f"{path} is no reward model of a decoder: it must have exactly one output, named score")
 
 
+def check_weights(model, path, info, new_head):
+    """Ends the program at weights that the file lacks, where random numbers would stand, has too many, or not finite."""
+    missing, unexpected = set(info.get("missing_keys", ())), set(info.get("unexpected_keys", ()))
+    if new_head and missing == {"score.weight"}:  # in the place of the output head, which is no part of the body
+        missing, unexpected = set(), {name for name in unexpected if name.startswith(f"{model.base_model_prefix}.")}
+    problems = {"lacks": missing, "has the unknown": unexpected, "has in another shape": info.get("mismatched_keys")}
+    problems["holds NaN or infinity in"] = {name for name, p in model.named_parameters() if not p.isfinite().all()}
+    for problem, names in problems.items():
+        if names:
+            fail(f"{path} {problem} {min(map(str, names))}" + f" and {len(names) - 1} more" * (len(names) > 1))
+
+
+@torch.no_grad()
+def check_reading(model, path):
+    """Ends the program unless the model, read as the scripts do, gives the outputs of its own forward pass."""
+    ids = 1 + torch.arange(10, device=model.device).view(2, 5) % (model.get_input_embeddings().num_embeddings - 1)
+    ids[ids == getattr(model.config, "pad_token_id", None)] += 1
+    scalar, close = hasattr(model, "score"), partial(torch.allclose, rtol=1e-3, atol=1e-3)
+    whole = model.has_cache = False
+    reason = "its outputs are not its head's on hidden states, or no cache of keys and values gives them"
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            own = torch.cat([model(input_ids=row[None]).logits for row in ids])  # (2, 5, V), or (2, 1) scores
+            hidden = model.base_model(input_ids=F.pad(ids, (0, 2)), use_cache=False).last_hidden_state[:, :5]
+            whole = close(model.score(hidden[:, -1]) if scalar else output_head(model)(hidden), own)
+            ids, rows, cache = F.pad(ids, (2, 0)), [0, 1, 1], DynamicCache(config=model.config)
+            # for a policy also from a cache, padded on the left, whose rows are repeated and leave
+            mask, read = ids > 0, partial(model.base_model, past_key_values=cache, use_cache=True)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            start = read(input_ids=ids[:, :6], attention_mask=mask[:, :6], position_ids=positions[:, :6])
+            cache.batch_repeat_interleave(2)
+            cache.batch_select_indices(torch.tensor([False, True, True, True], device=ids.device))
+            end = read(input_ids=ids[rows, 6:], attention_mask=mask[rows], position_ids=positions[rows, 6:])
+            states = torch.cat([start.last_hidden_state[rows, 2:], end.last_hidden_state], dim=1)
+            model.has_cache = close(states, hidden[rows])
+    except Exception as error:  # models raise what they like at arguments that they do not know
+        reason = str(error)
+    if not whole or not (scalar or model.has_cache):
+        fail(f"{path}: {type(model).__name__} cannot be read as a decoder: {reason}")
+
+
+def can_share(model, args):
+    """Whether two responses may go on from one reading of their prompt, which recomputed layers cannot do either."""
+    return model.has_cache and not args.gradient_checkpointing
+
+
+def content_id(path):
+    """Hash of what a model in a local folder is read from; the name and commit of a model on the hub."""
+    if not os.path.isdir(find(path)):
+        return f"{path}@{getattr(load(AutoConfig, path), '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    for name in sorted(os.listdir(find(path))):
+        if name.endswith((".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt")):
+            with open(os.path.join(find(path), name), "rb") as file:
+                digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def build_missing(*wanted):
     """Checks every checkpoint (path, default path, script) that the user named, then trains the missing defaults."""
     for path, default, script in sorted(wanted, key=lambda item: item[0] == item[1]):
+        is_there = partial(os.path.exists, os.path.join(path, "config.json"))
         if path != default:
             load(AutoTokenizer, path)
-        elif not os.path.isdir(path) and os.environ.get("RANK", "0") == "0":
-            print(f"{path} does not exist yet: running {script} on the embedded task first", flush=True)
-            alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-            if subprocess.run([sys.executable, os.path.join(ROOT, script)], env=alone).returncode != 0:
-                fail(f"{script} did not finish")
+        elif not is_there() and os.environ.get("RANK", "0") == "0":
+            with writing(f"the folder {path}"):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with FileLock(f"{path}.lock"):  # a second first run waits here
+                    if not is_there():
+                        build(path, script)
     barrier()
+
+
+def build(path, script):
+    """Runs a script alone; a signal goes on to it, which ends it and then this program."""
+    print(f"{path} does not exist yet: running {script} on the embedded task first", flush=True)
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    child = subprocess.Popen([sys.executable, os.path.join(ROOT, script)], env=alone)
+    handlers = {n: signal.signal(n, lambda *_: child.terminate()) for n in (signal.SIGINT, signal.SIGTERM)}
+    if child.wait() != 0:  # note: by a second SIGINT, after a terminal's own, it would not finish its update
+        fail(f"{script} did not finish")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def make_trainable(model, frozen, args):
@@ -136,24 +187,21 @@ def make_trainable(model, frozen, args):
     Under the adapters, at first without effect, lie the weights of `frozen`, stored once. The head `score` is trained too.
     """
     if args.gradient_checkpointing:
-        from torch.utils.checkpoint import checkpoint  # here, because it takes a second
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # every decoder layer is one
+        for layer in decoder_layers(model):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.lora_rank == 0:
         return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        fail("--lora-rank needs peft: pip install peft")
     torch.manual_seed(args.seed)
     model.load_state_dict(frozen.state_dict(), assign=True)
     kind = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
     names = args.lora_target if args.lora_target == "all-linear" else args.lora_target.split(",")
-    config = LoraConfig(task_type=kind, r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=names)
     try:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(task_type=kind, r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=names)
         adapted = get_peft_model(model, config)
+    except ImportError:
+        fail("--lora-rank needs peft: pip install peft")
     except ValueError as error:
         fail(f"--lora-target {args.lora_target}: {str(error).splitlines()[0]}")
     for name, module in [*model.named_modules()]:
@@ -163,33 +211,11 @@ def make_trainable(model, frozen, args):
     return adapted
 
 
-def keep_float32(module):
-    """The module computes outside autocast: scores and values are float32 numbers, not bfloat16 ones."""
-
-    def before(module, inputs):
-        torch.set_autocast_enabled(inputs[0].device.type, False)
-        return tuple(x.float() for x in inputs)
-
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(lambda module, inputs, _: torch.set_autocast_enabled(inputs[0].device.type, True))
-
-
 def merge(model):
-    """What make_trainable returned -> the model to be saved: with LoRA the adapters are added to the weights, in float32.
-
-    From here on the script's own model is that model too; the adapter by itself is kept for save_model.
-    """
-    if not hasattr(model, "merge_and_unload"):
-        return model
-    from peft import get_peft_model_state_dict
-
-    tensors = {
-        name: x.cpu().clone() for name, x in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
-    adapter = model.peft_config["default"], tensors
-    with torch.autocast(model.device.type, enabled=False):
-        model = model.merge_and_unload(safe_merge=True)  # safe: on a copy
-    model.adapter = adapter
+    """What make_trainable returned, with the adapters, if there are any, added to the weights in float32."""
+    if hasattr(model, "merge_adapter"):
+        with torch.autocast(model.device.type, enabled=False):
+            model.merge_adapter(safe_merge=True)  # safe: on a copy, because the frozen model has the same weights
     return model
 
 
@@ -200,20 +226,29 @@ def trainable(**models):
 
 
 def save_model(path, model, tokenizer):
-    """save_pretrained of both under a temporary name, then renamed; an earlier `path` becomes path.1, path.2."""
-    path = os.path.normpath(path)
+    """A new folder (new_folder) of both; with LoRA of the merged weights."""
     weights = {name: whole(tensor) for name, tensor in model.state_dict().items()} if is_sharded(model) else None
     if rank() > 0:
         return
-    with writing(path):
-        if hasattr(model, "adapter"):
-            config, tensors = model.adapter
-            config.save_pretrained(os.path.join(f"{path}.tmp", "adapter"))
-            save_file(tensors, os.path.join(f"{path}.tmp", "adapter", "adapter_model.safetensors"))
-        model.save_pretrained(f"{path}.tmp", state_dict=weights)
-        tokenizer.save_pretrained(f"{path}.tmp")
-        if os.path.exists(path):
-            number = next(n for n in range(1, 10**6) if not os.path.exists(f"{path}.{n}"))
-            print(f"keeping the earlier {path} as {path}.{number}")
-            os.rename(path, f"{path}.{number}")
-        os.rename(f"{path}.tmp", path)
+    with new_folder(path) as folder:
+        if hasattr(model, "merge_adapter"):
+            with warnings.catch_warnings(action="ignore"):  # that they are merged already
+                model = model.merge_and_unload()
+        set_special_ids(model, tokenizer)
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+
+
+def set_special_ids(model, tokenizer):
+    """`generate` stops where responses end. A score is read there: by transformers at the last token that is no padding."""
+    ends = end_ids(tokenizer)
+    if not hasattr(model, "score"):
+        model.config.eos_token_id = model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+        model.generation_config._original_object_hash = hash(model.generation_config)  # what was loaded can be saved
+        return
+    special = [id for id, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    model.config.pad_token_id = next((id for id in (tokenizer.pad_token_id, *special) if id not in (None, *ends)), None)
+    if model.config.pad_token_id is None:
+        print("note: no special token but the EOS to pad with: transformers will score one row at a time")
+    else:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)

@@ -6,6 +6,7 @@ The tests run every training script in that form and compare each number it logs
 """
 
 import json
+import operator
 import os
 import sys
 from functools import partial
@@ -16,8 +17,6 @@ import transformers
 import tyro
 from huggingface_hub import InferenceClient
 from torch.nn.utils.rnn import pad_sequence
-
-from plumbing.rubric import FUNCTION_WORDS, rubric_score  # noqa: F401, plain as they are
 
 
 def read_args(Args, may_be_0="", trains=True):
@@ -51,6 +50,10 @@ def trim(ids, mask):
     return ids, mask
 
 
+def end_ids(tokenizer, path=""):
+    return [tokenizer.eos_token_id]
+
+
 def nothing(*_, **__):
     pass
 
@@ -79,13 +82,12 @@ def first(x, *_):
 
 
 make_trainable = first
+can_share = first  # true
 merge = first
 forward_pass = first
 forward_passes = first
-
-
-def output_head(model):
-    return model.get_output_embeddings()
+output_head = operator.methodcaller("get_output_embeddings")
+whole_batches = operator.floordiv
 
 
 def trainable(**models):
@@ -127,10 +129,6 @@ def fill(parameter, tensor):
     parameter.copy_(tensor)
 
 
-def training_flops(policy, critic, tokens, actions):
-    return 0
-
-
 def cached(path, make):
     return make()
 
@@ -145,14 +143,11 @@ class Run:
     def __init__(self, args):
         self.dir, self.history, self.state = "runs", [], {}
 
-    open = lap = nothing
+    open = lap = check_finite = nothing
 
     def updates(self, count):
         for self.update in range(1, count + 1):
             yield self.update
-
-    def check_finite(self, rows, **found):
-        assert all(torch.as_tensor(x).isfinite().all() for x in found.values()), f"update {self.update}: not finite"
 
     def log(self, metrics, **shown):
         print(json.dumps({"update": self.update} | {name: float(x) for name, x in metrics.items()}))
@@ -160,11 +155,11 @@ class Run:
     def keep(self, files):
         print(*files.values(), sep="\n")
 
-    def finish(self, results, caption):
-        print(f"\n{caption}\n{json.dumps(results, indent=2)}")
+    def finish(self, results, caption, samples=()):
+        print(*samples, f"\n{caption}\n{json.dumps(results, indent=2)}", sep="\n")
 
 
 if __name__ == "__main__":
-    from plumbing.one_file import one_file
+    from benchmark.one_file import one_file
 
     print(one_file(sys.argv[1]), end="")

@@ -1,7 +1,7 @@
 """Several processes of torchrun on one batch: rows are dealt out, results put together, gradients added up.
 
-Alone, without torchrun, every function here does the plain thing. A row's random numbers belong to the row and every mean is
-taken over the whole batch, so the number of processes, like the size of micro-batches, changes rounding and nothing else.
+A row's random numbers belong to the row and every mean is taken over the whole batch, so the number of processes, like the
+size of micro-batches, changes rounding and nothing else.
 """
 
 import os
@@ -28,9 +28,13 @@ def start_processes(args, **shared):
     number = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
     if "RANK" in os.environ:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group(timeout=timedelta(seconds=args.process_timeout))  # gloo, and NCCL for tensors on a GPU
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            timeout = timedelta(seconds=min(args.process_timeout, 10**9))
+            dist.init_process_group(timeout=timeout)  # gloo, and NCCL for tensors on a GPU
+        except (ValueError, RuntimeError) as error:
+            fail(f"$RANK is set, as by torchrun, but this is no process of it: {str(error).splitlines()[0]}")
         if rank() > 0:  # rank 0 alone speaks and writes
             sys.stdout = open(os.devnull, "w")
     for name, size in shared.items():

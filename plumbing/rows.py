@@ -1,39 +1,28 @@
 """Datasets of any known shape, from the hub or from disk, as the rows of text that the scripts train on.
 
-    python -m plumbing.rows Anthropic/hh-rlhf --splits test --columns prompt chosen rejected | head -3
-    python -m plumbing.rows my_pairs.jsonl.gz --splits train --columns prompt completion
+    python -m plumbing.rows --dataset Anthropic/hh-rlhf --splits test --columns prompt chosen rejected | head -3
 
-prints them, one JSON line a row. A dataset is a hub name, a folder, or a .json, .jsonl or .parquet file (also .gz), which
-then serves as every split. Shapes, told by the columns of the first row:
-
-    prompt + completion                trl-lib/tldr; `label` does for `completion` (CarperAI/openai_summarize_tldr)
-    prompt + chosen + rejected         trl-lib/tldr-preference; CarperAI/openai_summarize_comparisons, whose answers begin
-                                       with 'TL;DR:' (moved to the end of the prompt)
-    chosen + rejected                  whole dialogues that begin with the same prompt (Anthropic/hh-rlhf)
-    the same as lists of messages      conversational, rendered by the tokenizer's chat template (trl-lib/hh-rlhf-...);
-                                       a `prompt` of text may stand beside them (HuggingFaceH4/ultrafeedback_binarized)
-    info + summaries + choice          openai/summarize_from_feedback, configuration comparisons
-    article + highlights               abisee/cnn_dailymail, configuration 3.0.0
-
-Out come prompt, completion and, for pairs, chosen and rejected, all text, beside the columns that were there; for pairs
-the completion is the chosen answer. Answers to a prompt that ends in 'TL;DR:' begin with a space. Dropped and counted are
-rows where a needed text is missing, empty or blank, pairs of equal answers where both are asked for, and dialogues whose
-answers follow different prompts or which do not end with the assistant. Everything else that is wrong is one line on
-stderr and exit code 2.
+prints them, one JSON line a row. README.md, "Your data", lists the shapes, told by the columns of a row. Out come prompt,
+completion and, for pairs, chosen and rejected, all text, beside the columns that were there. Rows from which that cannot be
+made are dropped, counted by reason, and the first of each named.
 """
 
-import argparse
 import glob
 import gzip
+import hashlib
 import itertools
 import json
 import logging
 import os
+import pathlib
+import re
 import signal
 import sys
-from collections import Counter
 
-from plumbing import fail, find
+import tyro
+
+from plumbing import fail, find, inputs, steady_streams
+from plumbing.tokens import Rendered, mark, special_tokens
 
 ROLES = {"system", "user", "assistant", "tool"}
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of HH's dialogues
@@ -41,45 +30,64 @@ TLDR = "TL;DR:"
 EMPTY = "empty prompt or answer"
 
 
-def broken_line(path):
-    """Where the first line that is not JSON stands in a local file or folder, as text; '' if there is none."""
-    files = [path] if os.path.isfile(path) else sorted(glob.glob(f"{path}/**/*.jsonl*", recursive=True))
-    for file in (name for name in files if ".jsonl" in name):
-        number = 0
-        try:
-            with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as lines:
-                for number, line in enumerate(lines, start=1):  # noqa: B007, the number is the answer
-                    json.loads(line)
-        except ValueError:
-            return f" ({file}, line {number})"
-        except (EOFError, OSError):
-            return f" ({file} is damaged after line {number})"
-    return ""
+def first_line(error):
+    return (str(error) or repr(error)).strip().splitlines()[0]
+
+
+def files_of(path, split):
+    """A file as it is, for every split; in a folder those whose name, or else whose place, has the split as a word."""
+    if os.path.isfile(path):
+        return [path]
+    readme = pathlib.Path(path, "README.md")
+    if readme.exists() and readme.read_text(encoding="utf-8", errors="replace").count("- config_name:") > 1:
+        return []  # files of several configurations: `datasets` says that --dataset-config is needed
+    found = sorted(glob.glob("**/*", root_dir=path, recursive=True))  # without hidden ones
+    found = [name for name in found if re.search(r"\.(jsonl?(\.gz)?|parquet)$", name)]
+    named = [name for name in found if split in re.split(r"[-. ]", os.path.basename(name))]
+    return [os.path.join(path, name) for name in named or found if split in re.split(r"[-. /]", name)]
+
+
+def read_file(path):
+    """The rows of a file; nothing is guessed about their types."""
+    number = 0
+    try:
+        if path.endswith(".parquet"):
+            from pyarrow import parquet  # comes with datasets
+
+            return (yield from parquet.read_table(path).to_pylist())
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                text = line.decode("utf-8-sig").strip()  # Windows puts a mark at the beginning
+                if number == 1 and text.startswith("["):  # one list of all rows
+                    yield from json.loads(text + file.read().decode())
+                elif text:
+                    yield json.loads(text)
+    except (EOFError, OSError, ValueError) as error:
+        fail(f"--dataset {path}" + f", line {number}" * (number > 0) + f": {first_line(error)}")
 
 
 def read(dataset, config, split, limit):
-    """The first `limit` rows of a split as the library gives them, all rows if it is 0."""
+    """The first `limit` rows of a split, all rows if it is 0, and where they come from."""
+    if os.path.isfile(dataset) and not re.search(r"\.(jsonl?(\.gz)?|parquet)$", dataset):
+        fail(f"--dataset {dataset}: this file cannot be read, only .jsonl, .json (also .gz) and .parquet")
+    files = [] if config else files_of(dataset, split)
+    if files:
+        rows = list(itertools.islice(itertools.chain.from_iterable(map(read_file, files)), limit or None))
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                fail(f"--dataset {dataset}, split {split!r}, row {number}: not an object with columns")
+        return rows, f"{len(files)} file" + "s" * (len(files) > 1)
     import datasets  # here, because it takes a second
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a README without a header is no news
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # they raise what they log
-
-    ending = os.path.splitext(dataset.removesuffix(".gz"))[1]
-    if os.path.isfile(dataset) and ending not in (".jsonl", ".json", ".parquet"):
-        fail(f"--dataset {dataset}: this file cannot be read, only .jsonl, .json and .parquet, also .gz")
-    # note: local data is streamed, because the cache of `datasets` misses edits of local files
-    local, kind = os.path.exists(dataset), "parquet" if ending == ".parquet" else "json"
-    source = (kind, None, None, {split: dataset}) if os.path.isfile(dataset) else (dataset, config or None)
+    streaming = limit > 0 or os.path.exists(dataset)  # note: the cache of `datasets` misses edits of local files
     try:
-        rows = datasets.load_dataset(*source, split=split, streaming=local or limit > 0)
-        return list(itertools.islice(rows, limit or None))
-    except StopIteration:  # an empty file
-        return []
-    except Exception as error:  # datasets raises many kinds; the first line says what went wrong
-        reason = (str(error) or repr(error)).splitlines()[0]
-        if isinstance(error, ConnectionError):
-            reason += "; offline, give a local folder or file, or fill the cache beforehand (hf download)"
-        fail(f"--dataset {dataset}, split {split!r}: {reason}{broken_line(dataset)}")
+        rows = datasets.load_dataset(dataset, config or None, split=split, streaming=streaming)
+        return list(itertools.islice(rows, limit or None)), "datasets"
+    except Exception as error:  # it raises many kinds; the first line says what went wrong
+        hint = "; offline, give a local folder or file, or fill the cache beforehand (hf download)"
+        fail(f"--dataset {dataset}, split {split!r}: {first_line(error)}" + hint * isinstance(error, ConnectionError))
 
 
 def blank(value):
@@ -89,21 +97,24 @@ def blank(value):
 
 def text_of(row, column):
     """The text of a column, '' for null."""
-    if not isinstance(row[column], str | None):
-        raise ValueError(f"column {column!r}: {type(row[column]).__name__}, not text")
-    return row[column] or ""
+    value = row.get(column) or ""
+    if not isinstance(value, str):
+        raise ValueError(f"column {column!r}: {type(value).__name__}, not text")
+    if re.search("[\ud800-\udfff]", value):  # as JSON can spell it
+        raise ValueError(f"column {column!r}: half a character")
+    return value
 
 
 def dialogue_parts(dialogue):
-    """HH's text -> prompt up to and including the last assistant marker, answer after it; or why there are none."""
+    """HH's text -> prompt up to and including the last assistant marker, answer after it."""
     head, marker, answer = dialogue.rpartition(ASSISTANT)
     if not marker or HUMAN in answer:
-        return "does not end with the assistant"
+        raise ValueError("does not end with the assistant")
     return head + marker, answer
 
 
 def message_parts(turns, tokenizer):
-    """Messages that end with the assistant's -> prompt and answer as the chat template writes them; or why there are none."""
+    """Messages that end with the assistant's -> prompt and answer as the chat template writes them."""
     if not all(isinstance(turn, dict) and "role" in turn for turn in turns):
         raise ValueError("not a list of messages")
     roles = [turn["role"] for turn in turns]
@@ -113,15 +124,13 @@ def message_parts(turns, tokenizer):
         raise ValueError("the messages must end with a turn of the assistant")
     contents = [turn.get("content") for turn in turns]  # note: once rendered, nothing is blank any more
     if blank(contents[-1]) or all(blank(content) for content in contents[:-1]):
-        return EMPTY
-    if not tokenizer.chat_template:
-        raise ValueError(f"messages need a chat template, and {tokenizer.name_or_path} has none")
+        raise ValueError(EMPTY)
+    turns = mark(turns, special_tokens(tokenizer))
     prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(turns, tokenize=False)
     if not whole.startswith(prompt):
         raise ValueError("the chat template does not continue its own generation prompt")
-    adds_bos = tokenizer.bos_token and tokenizer.bos_token_id in tokenizer("")["input_ids"]
-    return prompt.removeprefix(tokenizer.bos_token) if adds_bos else prompt, whole[len(prompt) :]
+    return Rendered(prompt), Rendered(whole[len(prompt) :])
 
 
 def all_turns(prompt, turns):
@@ -138,23 +147,25 @@ def comparison(row):
     """Two summaries of a post and the choice between them."""
     post, summaries, choice = row["info"], row["summaries"], row["choice"]
     if blank(post) or blank(summaries) or blank(choice):
-        return EMPTY
-    prompt = f"SUBREDDIT: r/{post['subreddit']}\nTITLE: {post['title']}\nPOST: {post['post']}\n{TLDR}"
-    if blank(text_of(post, "post")):  # some of its validation rows are news
-        if "article" not in post or blank(text_of(post, "article")):
-            return EMPTY
-        prompt = f"{post['article']}\n{TLDR}"
+        raise ValueError(EMPTY)
+    subreddit, title, text = (text_of(post, name) for name in ("subreddit", "title", "post"))
+    prompt = f"SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {text}\n{TLDR}"
+    if blank(text):  # some of its validation rows are news
+        text = text_of(post, "article")
+        prompt = f"{text}\n{TLDR}" * (not blank(text))
     texts = [" " + text_of(summary, "text").strip() for summary in summaries]
     return {"prompt": prompt, "completion": texts[choice], "chosen": texts[choice], "rejected": texts[1 - choice]}
 
 
 def standard_row(row, tokenizer):
-    """The columns of a row that the scripts know, or a string: why the row is dropped. ValueError: no shape."""
+    """The columns of a row that the scripts know. ValueError: why there are none."""
+    if row.get("label") is False:
+        raise ValueError("an undesirable answer (label: false)")
     if "summaries" in row:
         return comparison(row)
     if "article" in row and "highlights" in row:
         article, highlights = text_of(row, "article"), text_of(row, "highlights")
-        return EMPTY if blank(article) else {"prompt": f"{article}\n{TLDR}", "completion": highlights}
+        return {"prompt": f"{article}\n{TLDR}" * (not blank(article)), "completion": highlights}
     names = [name for name in ("completion", "chosen", "rejected") if name in row] or ["label"] * ("label" in row)
     if not names or ("prompt" not in row and "chosen" not in row):
         raise ValueError("not a known shape; needs 'prompt' and 'completion', or 'prompt', 'chosen' and 'rejected'")
@@ -162,26 +173,26 @@ def standard_row(row, tokenizer):
     if "prompt" in row and not messages:
         return {name: row[name] for name in ("prompt", *names)} | {"completion": row[names[0]]}
     if any(blank(row[name]) for name in names):
-        return EMPTY
+        raise ValueError(EMPTY)
     parts = {}
     for name in names:
         try:
             turns = messages and all_turns(row.get("prompt"), row[name])
             parts[name] = message_parts(turns, tokenizer) if messages else dialogue_parts(text_of(row, name))
         except Exception as error:  # a chat template may raise anything
-            reason = (str(error) or repr(error)).splitlines()[0]
-            raise ValueError(reason if reason.startswith("column ") else f"column {name!r}: {reason}") from None
-        if isinstance(parts[name], str):
-            return parts[name]
+            place = f"column {name!r}: "
+            raise ValueError(place + first_line(error).removeprefix(place)) from None
     prompts, answers = {prompt for prompt, _ in parts.values()}, {name: answer for name, (_, answer) in parts.items()}
     if len(prompts) > 1:
-        return "answers to different prompts"
+        raise ValueError("answers to different prompts")
     return {"prompt": prompts.pop(), **answers, "completion": answers[names[0]]}
 
 
 def one_tldr_form(row, names):
     """The row with 'TL;DR:' at the end of the prompt, where its answers began with it, and a space before such answers."""
     prompt, answers = row["prompt"], {name: row[name] for name in names if not blank(row[name])}
+    if isinstance(prompt, Rendered):
+        return row
     if not prompt.rstrip().endswith(TLDR):
         if not answers or not all(answer.startswith(TLDR) for answer in answers.values()):
             return row
@@ -190,103 +201,73 @@ def one_tldr_form(row, names):
     return row | {"prompt": prompt.rstrip(), **spaced}
 
 
-def standard_rows(rows, columns, tokenizer, where):
-    """Every row with its standard columns, `columns` checked; and the reasons of the dropped ones, counted."""
-    kept, dropped, columns = [], Counter(), dict.fromkeys(("prompt", *columns))
+def checked(row, columns, rubric):
+    """The row with text in `columns`, and in `rubric` where that is asked for. ValueError: what is wrong."""
+    for column in columns:
+        if column not in row:
+            raise ValueError(f"no column {column!r} in {list(row)}")
+        text_of(row, column)
+    facts = row.get("rubric")
+    if rubric and not (facts and isinstance(facts, list) and all(isinstance(x, str) and x.strip() for x in facts)):
+        raise ValueError("column 'rubric': not a list of key phrases")
+    if any(blank(row[column]) for column in columns):
+        raise ValueError(EMPTY)
+    answers = {"completion", "chosen", "rejected", *columns} - {"prompt"}
+    row = one_tldr_form(row, [name for name in answers if isinstance(row.get(name), str)])
+    if {"chosen", "rejected"} <= {*columns} and row["chosen"] == row["rejected"]:
+        raise ValueError("chosen equals rejected")
+    return row
+
+
+def standard_rows(rows, columns, tokenizer):
+    """Every row with its standard columns, those in `columns` as text; and why others were dropped: reason -> their numbers."""
+    kept, dropped, columns = [], {}, dict.fromkeys(("prompt", *columns))
     for number, row in enumerate(rows):
+        row = dict.fromkeys(rows[0]) | row
         try:
-            found = standard_row(row, tokenizer)
-            if isinstance(found, str):
-                dropped[found] += 1
-                continue
-            found = row | found
-            facts = row.get("rubric") if "rubric" in rows[0] else ["none"]
-            if not (
-                facts and isinstance(facts, list) and all(isinstance(fact, str) and fact.strip() for fact in facts)
-            ):
-                raise ValueError("column 'rubric': must be a list of key phrases")
-            for column in columns:
-                if column not in found:
-                    fail(f"{where}: no column {column!r} in {list(row)}")
-                text_of(found, column)
+            kept.append(checked(row | standard_row(row, tokenizer), columns, "rubric" in rows[0]))
         except Exception as error:
-            reason = (str(error) or repr(error)).splitlines()[0]
-            place = "" if reason.startswith("column ") else f"columns {', '.join(row)}: "
-            fail(f"{where}, row {number}, {place}{reason}")
-        if any(blank(found[column]) for column in columns):
-            dropped[EMPTY] += 1
-            continue
-        answers = {"completion", "chosen", "rejected", *columns} - {"prompt"}
-        found = one_tldr_form(found, [name for name in answers if isinstance(found.get(name), str)])
-        if {"chosen", "rejected"} <= columns.keys() and found["chosen"] == found["rejected"]:
-            dropped["chosen equals rejected"] += 1
-        else:
-            kept.append(found)
+            dropped.setdefault(first_line(error), []).append(number)
     return kept, dropped
 
 
-def load_rows(dataset, config, splits, columns, tokenizer_path, limit=0):
+def load_rows(dataset: str, config="", splits=("train",), columns=("prompt", "completion"), tokenizer_path="", limit=0):
     """Split -> list of dicts with text in `columns`, of at most `limit` rows read, all if it is 0.
 
-    tokenizer_path: folder or hub name of the tokenizer whose chat template renders messages. Ends the program at anything
-    wrong, with one line that names the dataset, split, row and column.
+    tokenizer_path: folder or hub name of the tokenizer whose chat template renders messages. Ends the program where nothing
+    can be read or nothing is left, with one line that names the dataset, split, row and column.
     """
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background job ignores it
-    if ours:
-        signal.signal(signal.SIGINT, interrupted)
-    try:
-        splits = dict.fromkeys(splits)  # each is read once
-        return {split: load_split(dataset, config, split, columns, tokenizer_path, limit) for split in splits}
-    finally:  # also where bad data ends a cell of a notebook and not the process
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    found = {}
+    for split in dict.fromkeys(splits):  # each is read once
+        where = f"--dataset {dataset}, split {split!r}"
+        (rows, source), tokenizer = read(find(dataset), config, split, limit), None
+        names = ("prompt", "completion", "label", "chosen", "rejected")
+        if any(isinstance(row.get(name), list) for row in rows for name in names):
+            from transformers import AutoTokenizer
 
-
-def load_split(dataset, config, split, columns, tokenizer_path, limit):
-    where = f"--dataset {dataset}, split {split!r}"
-    rows, tokenizer = read(find(dataset), config, split, limit), None
-    names = ("prompt", "completion", "label", "chosen", "rejected")
-    if any(isinstance(row.get(name), list) for row in rows for name in names):
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(find(tokenizer_path))
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            fail(f"{where} holds messages, and the chat template of {tokenizer_path} cannot be loaded: {reason}")
-    kept, dropped = standard_rows(rows, columns, tokenizer, where)
-    lost = "".join(f", dropped {count}: {reason}" for reason, count in dropped.items())
-    if not kept:
-        fail(f"{where}: no rows{lost}")
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{dataset}, {split}: {len(kept)} rows of {', '.join(rows[0])}{lost}", file=sys.stderr)
-    return kept
-
-
-def interrupted(*_):
-    """Ctrl-C. It ends the program at once: raised as an exception, the libraries swallow it here and there."""
-    print("interrupted", file=sys.stderr, flush=True)
-    os._exit(130)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset")
-    parser.add_argument("--config", default="", help="configuration of a hub dataset")
-    parser.add_argument("--splits", nargs="+", default=["train"])
-    parser.add_argument("--columns", nargs="+", default=["prompt", "completion"], help="columns that must hold text")
-    parser.add_argument("--tokenizer", default="", help="folder or hub name; its chat template renders messages")
-    parser.add_argument("--limit", type=int, default=0, help="rows of each split to read; 0: all")
-    args = parser.parse_args()
-    found = load_rows(args.dataset, args.config, args.splits, args.columns, args.tokenizer, args.limit)
-    for split, rows in found.items():
-        for row in rows:
-            print(json.dumps({"split": split, "row": row}, default=str))
-    sys.stdout.flush()
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(find(tokenizer_path), trust_remote_code=False)
+            except (OSError, ValueError) as error:
+                fail(f"{where} holds messages; no chat template of {tokenizer_path} can be loaded: {first_line(error)}")
+            if not tokenizer.chat_template:
+                fail(f"{where} holds messages, they need a chat template, and {tokenizer_path} has none")
+        kept, dropped = standard_rows(rows, columns, tokenizer)
+        often = sorted(dropped, key=lambda reason: -len(dropped[reason]))[:5]
+        lost = "".join(f", dropped {len(dropped[reason])}: {reason} (row {dropped[reason][0]})" for reason in often)
+        lost += f" and others for {len(dropped) - 5} more reasons" * (len(dropped) > 5)
+        if not kept:
+            fail(f"{where}: no rows{lost}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{dataset}, {split}, {source}: {len(kept)} rows of {', '.join(rows[0])}{lost}", file=sys.stderr)
+            used = [[row.get(name) for name in ("prompt", *columns, "rubric")] for row in kept]
+            inputs[f"{dataset}, {split}"] = hashlib.sha256(repr(used).encode()).hexdigest()
+        found[split] = kept
+    return found
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # `| head` has seen enough
-        os._exit(0)  # note: Python would try to write the rest once more
+    steady_streams()  # `| head` has seen enough
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for split, rows in tyro.cli(load_rows, description=__doc__).items():
+        for row in rows:
+            print(json.dumps({"split": split, "row": row}, default=str))

@@ -1,8 +1,7 @@
 """--shard: parameters, gradients and AdamW's numbers split over the processes by torch's fully_shard (FSDP2).
 
-A layer is gathered while it computes, and for a rollout the whole model, once. Checkpoints and final models are whole, the
-same files as without --shard, so a run may go on with more processes, fewer, or one. Where nothing is sharded, the
-decorators below do nothing.
+A layer is gathered while it computes, in a rollout once for all tokens. Checkpoints and final models are whole, the same
+files as without --shard, so a run may go on with more processes, fewer, or one.
 """
 
 from functools import partial, wraps
@@ -13,19 +12,24 @@ import torch
 from plumbing.processes import rank
 
 
+def decoder_layers(model):
+    from transformers.modeling_layers import GradientCheckpointingLayer  # here, because it takes a second
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def shard(model):
     """Splits every parameter over the processes, layer by layer; -> the model, on their devices."""
-    from torch.distributed.fsdp import fully_shard  # here, because it takes a second
-    from transformers.modeling_layers import GradientCheckpointingLayer
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # here, because it takes a second
 
-    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
-        fully_shard(layer)  # every decoder layer is one
-    fully_shard(model)
-    kind = type(model)  # made by torch; by name and module transformers finds what weights are called in files
-    kind.__name__, kind.__module__ = kind.__bases__[-1].__name__, kind.__bases__[-1].__module__
-    for part in sharded_parts(model):
+    for part in (*decoder_layers(model), model):
+        fully_shard(part)
         part.set_gradient_divide_factor(1.0)  # gradients are added up, as everywhere here
         part.set_force_sum_reduction_for_comms(True)  # the one that gloo has
+    kind = type(model)  # made by torch; by name and module transformers finds what weights are called in files
+    kind.__name__, kind.__module__ = kind.__bases__[-1].__name__, kind.__bases__[-1].__module__
+    model.call = MethodType(lambda model, function, *args, **kwargs: function(model, *args, **kwargs), model)
+    register_fsdp_forward_method(model, "call")
     return model
 
 
@@ -33,32 +37,18 @@ def is_sharded(model):
     return hasattr(model, "reshard")
 
 
-def sharded_parts(model):
-    return [module for module in model.modules() if is_sharded(module)]
-
-
 def forward_pass(function, many=False):
-    """function(model, ...), one forward pass: while it runs, sharded weights that belong to no layer are whole.
-
-    With `many` passes in a row the whole model is gathered once, not once per layer and token.
-    """
+    """function(model, ...): while it runs, sharded weights that belong to no layer are whole; of `many` passes, all are."""
 
     @wraps(function)
     def call(model, *args, **kwargs):
         if not is_sharded(model):
             return function(model, *args, **kwargs)
-        from torch.distributed.fsdp import register_fsdp_forward_method
-
-        name = f"sharded_{function.__name__}"
-        if not hasattr(model, name):
-            setattr(model, name, MethodType(function, model))
-            register_fsdp_forward_method(model, name)
-        for part in sharded_parts(model) if many else ():
-            part.set_reshard_after_forward(False, recurse=False)
-            part.unshard()
-        result = getattr(model, name)(*args, **kwargs)
-        for part in sharded_parts(model) if many else ():
-            part.set_reshard_after_forward(part is not model, recurse=False)
+        parts = [module for module in model.modules() if is_sharded(module)]
+        for part in parts:
+            part.set_reshard_after_forward(part is not model and not many, recurse=False)
+        result = model.call(function, *args, **kwargs)
+        for part in parts if many else ():
             part.reshard()
         return result
 

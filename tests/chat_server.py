@@ -34,6 +34,7 @@ class Reply:
     headers: dict = field(default_factory=dict)
     delay: float = 0.0  # seconds before the answer, less if the server is closed
     cut: bool = False  # the connection ends in the middle of the body
+    drip: str = ""  # "headers" or "body": from there on a byte every 0.05 seconds, less if the server is closed
 
 
 def said(text, finish_reason="stop"):
@@ -64,7 +65,7 @@ class ChatServer:
     """`with ChatServer(answer) as server`: answer(request) -> Reply is called in the thread of each request."""
 
     def __init__(self, answer, port=0):
-        self.answer, self.requests, self.errors = answer, [], []
+        self.answer, self.requests, self.errors, self.sent = answer, [], [], 0
         self.lock, self.closing = threading.Lock(), threading.Event()
         server = self
 
@@ -98,13 +99,26 @@ class ChatServer:
         reply = self.answer(request)
         if reply.delay:
             self.closing.wait(reply.delay)
-        handler.send_response(reply.status)
+        if reply.drip == "headers":
+            self.drip(handler, f"HTTP/1.1 {reply.status} OK\r\nX-Slow: {'x' * 200}\r\n".encode())
+        else:
+            handler.send_response(reply.status)
         for name, value in reply.headers.items():
             handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(reply.body)))
         handler.end_headers()
-        handler.wfile.write(reply.body[: len(reply.body) // 2] if reply.cut else reply.body)
+        body = reply.body[: len(reply.body) // 2] if reply.cut else reply.body
+        if reply.drip == "body":
+            return self.drip(handler, body)
+        for start in range(0, len(body), 2**16):
+            handler.wfile.write(body[start : start + 2**16])
+            self.sent += len(body[start : start + 2**16])
         handler.close_connection = reply.cut
+
+    def drip(self, handler, data):
+        for byte in data:
+            handler.wfile.write(bytes([byte]))
+            self.closing.wait(0.05)
 
     def tries(self, request):
         """How often the texts of this request have been asked about so far, this time included."""

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, read_metrics, run_here
-from peft import PeftModel
 from test_architectures import CONFIGS, random_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -65,7 +64,7 @@ def test_adapters(auto_class, architecture, tmp_path):
     assert not [name for name in learning if own[name].equal(start[name])]
     assert outputs(frozen, auto_class).detach().equal(before)
 
-    # on disk: merged weights that any loader reads, and the adapter, which gives the same on the base weights
+    # on disk: merged weights that any loader reads
     after = outputs(model, auto_class).detach()
     assert not torch.allclose(after, before, atol=1e-3)
     save_model(str(tmp_path / "out"), merge(trained), AutoTokenizer.from_pretrained(ROOT / "data/tiny_pythia"))
@@ -73,8 +72,6 @@ def test_adapters(auto_class, architecture, tmp_path):
     assert_close(outputs(merged, auto_class), after, rtol=0, atol=1e-9)
     assert_close(outputs(model, auto_class), after, rtol=0, atol=1e-9)  # evaluated after it was saved
     assert outputs(frozen, auto_class).detach().equal(before)
-    adapted = PeftModel.from_pretrained(frozen, tmp_path / "out/adapter").base_model.model
-    assert_close(outputs(adapted, auto_class), after, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -135,7 +132,7 @@ def test_every_script_trains_adapters(name, models, tmp_path):
     moved = {key for key, x in model.state_dict().items() if not x.equal(base.state_dict()[key])}
     assert any("query_key_value" in key for key in moved) and not any("embed" in key or "norm" in key for key in moved)
     assert (name == "reward_model") == any("score" in key for key in moved)
-    assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()
+    assert not [path for path in (tmp_path / "out").rglob("*") if "adapter" in path.name]
 
 
 def test_without_peft_the_error_says_what_to_install(models, tmp_path, monkeypatch):

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 SCRIPTS = sorted(path.name for path in (ROOT / "benchmark").glob("*.py"))
 SMALL = ("--batch-size", 8, "--micro-batch-size", 8)
 RL = (*SMALL, "--minibatch-size", 8, "--total-episodes", 16, "--num-ppo-epochs", 1, "--eval-rows", 4)
-RL = (*RL, "--response-length", 8)
 
 
 def module(name):
@@ -66,7 +65,7 @@ def start_memory(cwd, _):
 
 def start_processes(cwd, folder):
     models = ("--sft-path", folder / "sft", "--reward-path", folder / "reward")
-    with instead_of_processes(("drpo.py", ("--num-ppo-epochs", 1, "--response-length", 4))):
+    with instead_of_processes(("drpo.py", ("--num-ppo-epochs", 1))):
         flags = ("--processes", 1, "--rounds", 1, "--updates", 2)
         done = run_here("benchmark/processes.py", *flags, *models, cwd=cwd)
     assert "| 2 | policy/grad_norm |" in done.stdout and done.stdout.rstrip().endswith("| 1.00 (1.00 to 1.00) |")
@@ -156,6 +155,10 @@ def start_speed(cwd, _):
     assert [start[0] for start in starts] == ["ppo.py --help", "first error"]
     assert set(speed.rollout_parts(cwd / "tiny", 64, rows=4)) > {"layers", "output head"}
     assert speed.pass_parts(cwd / "tiny", 64, passes=1)["matrix products"] > 0
+
+
+def start_one_file(*_):
+    assert "def load_rows" in module("one_file.py").one_file(str(ROOT / "sft.py"))
 
 
 def start_speed_trl(cwd, _):

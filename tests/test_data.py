@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, read_rows, run_here
 from transformers import AutoTokenizer
 
-from plumbing.rubric import rubric_score
+from data.tldr_mini.rubric import rubric_score
 
 TASK, BASE = ROOT / "data/tldr_mini", ROOT / "data/tiny_pythia"
 FILES = sorted(str(path.relative_to(TASK)) for path in TASK.glob("*/*.jsonl"))

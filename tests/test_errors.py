@@ -4,17 +4,23 @@ What plumbing/ checks is tested once, in test_flags, test_rows and test_models. 
 and what a script checks itself: in this process, so that torch is imported once, and by one real launch of each script.
 """
 
+import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from conftest import ROOT, random_model, read_metrics, run_here, run_script, write_dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from plumbing import write_text, writing
+from plumbing import new_folder, try_folder, write_text, writing
 
 BASE = ROOT / "data/tiny_pythia"
 TRAINING = ("ppo.py", "drpo.py", "sft.py", "reward_model.py", "dpo.py")
@@ -91,8 +97,8 @@ def without(column):
     return lambda rows: [{key: x for key, x in row.items() if key != column} for row in rows]
 
 
-def put(column, value, number):
-    return lambda rows: [row | {column: value} if n == number else row for n, row in enumerate(rows)]
+def put(column, value):
+    return lambda rows: [row | {column: value} for row in rows]
 
 
 def other_vocabulary(given, folder):
@@ -126,7 +132,7 @@ def no_eos(given, folder):
     return "--base-model", folder / "endless"
 
 
-NUMBER, OBJECT = put("completion", 3, 3), put("chosen", {"a": 1}, 2)
+NUMBER, OBJECT = put("completion", 3), put("chosen", {"a": 1})
 TOO_FEW, NO_DIVISOR = ("--total-episodes", 63, "--batch-size", 64), ("--batch-size", 8, "--minibatch-size", 3)
 NO_LAYER = ("--lora-rank", 2, "--lora-target", "nowhere")
 # script, what changes, text that the error must hold
@@ -138,20 +144,24 @@ CASES = [
     ("drpo.py", flags(*NO_DIVISOR), "--minibatch-size must divide"),
     ("drpo.py", flags("--beta", 1.5), "--beta 1.5"),
     ("drpo.py", flags("--beta", -0.1), "--beta -0.1"),
-    ("sft.py", flags("--num-epochs", 2, "--batch-size", 17), "--num-epochs 2 of 8 rows do not fill --batch-size 17"),
-    ("reward_model.py", flags("--num-epochs", 2, "--batch-size", 17), "of 8 rows do not fill --batch-size 17"),
-    ("dpo.py", flags("--batch-size", 9), "--num-epochs 1 of 8 rows do not fill --batch-size 9"),
+    ("sft.py", flags("--num-epochs", 2, "--batch-size", 17), "the 16 rows of all epochs do not fill --batch-size 17"),
+    (
+        "reward_model.py",
+        flags("--num-epochs", 2, "--batch-size", 17),
+        "the 16 rows of all epochs do not fill --batch-size 17",
+    ),
+    ("dpo.py", flags("--batch-size", 9), "the 8 rows of all epochs do not fill --batch-size 9"),
     # the columns they ask for
     ("ppo.py", dataset("reference", without("completion")), "'completion'"),
-    ("ppo.py", dataset("reference", NUMBER), "row 3, column 'completion'"),
+    ("ppo.py", dataset("reference", NUMBER), "column 'completion'"),
     ("drpo.py", dataset("reference", without("prompt")), "'prompt'"),
     ("drpo.py", flags("--reset-column", "draft"), "'draft'"),
     ("sft.py", dataset("reference", without("prompt")), "'prompt'"),
-    ("sft.py", dataset("reference", NUMBER), "row 3, column 'completion'"),
+    ("sft.py", dataset("reference", NUMBER), "column 'completion'"),
     ("reward_model.py", dataset("preference", without("rejected")), "'rejected'"),
-    ("reward_model.py", dataset("preference", OBJECT), "row 2, column 'chosen'"),
+    ("reward_model.py", dataset("preference", OBJECT), "column 'chosen'"),
     ("dpo.py", dataset("preference", without("rejected")), "'rejected'"),
-    ("dpo.py", dataset("preference", OBJECT), "row 2, column 'chosen'"),
+    ("dpo.py", dataset("preference", OBJECT), "column 'chosen'"),
     # every flag that names data
     ("ppo.py", flags("--dataset", "no/such"), "no/such"),
     ("ppo.py", flags("--train-split", "nowhere"), "'nowhere'"),
@@ -241,19 +251,19 @@ def test_a_batch_may_be_larger_than_the_train_split(given, tmp_path):
     assert f"{BASE} holds no weights: initialising at random" in done.stdout  # the base model of the task
 
 
-# training what is missing; subprocess.run, which would start it, only notes the script
+# training what is missing; subprocess.Popen, which would start it, only notes the script
 @pytest.fixture
 def started(monkeypatch, given):
     """Names of the scripts that were started; each leaves its model where it is by default."""
     names = []
 
-    def run(command, **kwargs):
+    def popen(command, **kwargs):
         names.append(os.path.basename(command[1]))
         kind = {"sft.py": "sft", "reward_model.py": "reward"}[names[-1]]
         shutil.copytree(getattr(given, kind), f"models/{kind}")
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(wait=lambda: 0)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "Popen", popen)
     return names
 
 
@@ -268,7 +278,6 @@ LATE = [
     ("reward_model.py", dataset("preference", without("rejected")), "'rejected'"),
     ("reward_model.py", flags("--reference-dataset", "no/such"), "no/such"),
     ("dpo.py", dataset("preference", without("rejected")), "'rejected'"),
-    ("dpo.py", flags("--batch-size", 9), "--batch-size 9"),
 ]
 
 
@@ -335,5 +344,218 @@ def test_a_file_is_replaced_whole(tmp_path, capsys):
     write_text(path, "a longer text")
     write_text(path, "né")
     assert path.read_bytes() == "né".encode() and list(tmp_path.iterdir()) == [path]
-    nowhere = tmp_path / "nowhere/out.txt"
+    nowhere = path / "out.txt"  # in a file
     fails(capsys, f"cannot write {nowhere}: ", write_text, nowhere, "text")
+
+
+# a folder
+def fill(path, text="new", names=("config.json", "model.safetensors")):
+    with new_folder(str(path)) as folder:
+        for name in names:
+            (Path(folder) / name).write_text(text)
+
+
+def texts(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_was_in_a_folder_is_kept_in_a_numbered_one(tmp_path, capsys):
+    out, new = tmp_path / "models/out", {"config.json": "new", "model.safetensors": "new"}
+    fill(out)
+    assert texts(out) == new and "keeping" not in capsys.readouterr().out
+    left = {"abc.tmp/config.json": "half", "abc.tmp/model-00009.safetensors": "old shard"}  # of a save that was killed
+    left |= {"lost+found/": None}  # of a disk whose mount point this is
+    for name, text in left.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).mkdir(exist_ok=True) if text is None else (out / name).write_text(text)
+    (out / "adapter").mkdir()
+    (out / "adapter/weights").write_text("new")
+    fill(out, "newer")
+    assert f"keeping what was in {out} in {out}/1\n" in capsys.readouterr().out
+    fill(out, "newest", ("config.json",))
+    assert f"keeping what was in {out} in {out}/2\n" in capsys.readouterr().out
+    kept = {f"1/{name}": text for name, text in (new | {"adapter/weights": "new"}).items()}
+    kept |= {f"2/{name}": "newer" for name in new}
+    assert texts(out) == {"config.json": "newest"} | kept | {name: text for name, text in left.items() if text}
+    assert (out / "lost+found").is_dir() and len(list(tmp_path.rglob("*.tmp"))) == 1
+    assert os.stat(out).st_mode & 0o777 == os.stat(ROOT / "data").st_mode & 0o777
+
+
+def test_what_is_half_there_cannot_be_loaded(tmp_path, monkeypatch):
+    """Killed between any two moves: there is never a config.json beside weights that are not its own."""
+    real, seen = os.rename, []
+
+    def rename(old, new):
+        real(old, new)
+        seen.append({path.name: path.read_text() for path in out.iterdir() if path.is_file()})
+
+    out, names = tmp_path / "out", ("a", "config.json", "model.safetensors", "z")
+    fill(out, names=names)
+    monkeypatch.setattr(os, "rename", rename)
+    fill(out, "newer", names)
+    assert len(seen) == 8 and seen.pop() == dict.fromkeys(names, "newer")
+    assert not any("config.json" in files for files in seen)
+
+
+def test_a_folder_that_cannot_be_filled_changes_nothing(tmp_path, capsys):
+    fill(tmp_path / "out")
+
+    def write():
+        with new_folder(str(tmp_path / "out")) as folder:
+            (Path(folder) / "config.json").write_text("half")
+            full_disk()
+
+    fails(capsys, f"cannot write the folder {tmp_path}/out: ", write)
+    assert texts(tmp_path) == {"out/config.json": "new", "out/model.safetensors": "new"}
+
+
+def test_a_mount_point_is_filled_where_it_is(tmp_path, monkeypatch):
+    """As the volume of a container is: the folder cannot be renamed, and what is beside it is another disk, not writable."""
+    out, real = tmp_path / "mounted", (os.rename, os.mkdir)
+
+    def rename(old, new):
+        if {Path(old).parent, Path(new).parent} & {out.parent}:
+            raise OSError(errno.EBUSY, "a mount point")
+        real[0](old, new)
+
+    def mkdir(path, *mode):
+        if Path(path).parent == out.parent:
+            raise OSError(errno.EROFS if not out.exists() else errno.EEXIST, "read-only")
+        real[1](path, *mode)
+
+    out.mkdir()
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    for text in ("first", "second"):
+        try_folder(str(out))
+        fill(out, text, ("config.json",))
+    assert texts(out) == {"config.json": "second", "1/config.json": "first"} and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_real_mount_point_is_filled_where_it_is(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    if subprocess.run(["mount", "--bind", tmp_path / "a", tmp_path / "b"], capture_output=True).returncode:
+        pytest.skip("only root can mount")
+    try:
+        for text in ("first", "second"):
+            try_folder(str(tmp_path / "b"))
+            fill(tmp_path / "b", text, ("config.json",))
+        assert texts(tmp_path / "a") == {"config.json": "second", "1/config.json": "first"}
+    finally:
+        subprocess.run(["umount", tmp_path / "b"], check=True)
+
+
+def test_a_link_leads_to_the_folder(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk/out")  # not there yet
+    fill(tmp_path / "out")
+    fill(tmp_path / "out", "newer", ("config.json",))
+    assert (tmp_path / "disk/out/config.json").read_text() == "newer" and (tmp_path / "out").is_symlink()
+
+
+# --output-dir
+def test_an_output_folder_is_tried_first(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "empty").mkdir()
+    for path in ("file", "file/out", "file/a/out", "x" * 260, f"a/{'x' * 300}/out", "/proc/nowhere/out"):
+        fails(capsys, "cannot write the folder", try_folder, str(tmp_path / path))
+    for path in ("out", "a/b/out", "empty", "empty/out"):
+        try_folder(str(tmp_path / path))
+    monkeypatch.setattr(tempfile, "mkdtemp", mock.Mock(side_effect=PermissionError(errno.EROFS, "Read-only")))
+    fails(capsys, "Read-only", try_folder, str(tmp_path / "a/out"))
+    assert {path.name for path in tmp_path.rglob("*")} == {"file", "empty"}
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+OUTPUTS = [
+    ("", "the working directory"),
+    (".", "the working directory"),
+    ("..", "the working directory"),
+    ("/", "the working directory"),
+    (str(ROOT), "the scripts"),
+    ("runs", "the run's own folder"),
+    ("runs/mine", "the run's own folder"),
+    ("data/mine/../in", "--base-model data/in"),
+    ("data", "--base-model data/in"),
+    ("data/in/out", "--base-model data/in"),
+    ("link", "--base-model data/in"),
+    ("file/out", "cannot write the folder file/out"),
+]
+
+
+@pytest.mark.parametrize("output, culprit", OUTPUTS)
+def test_an_output_folder_takes_no_other_place(output, culprit, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "link").symlink_to("data/in")
+    command = ("--output-dir", output, "--base-model", "data/in", "--run-name", "mine")
+    script_fails(culprit, "tests/toy.py", *command, cwd=tmp_path)
+    assert {path.name for path in tmp_path.rglob("*")} == {"file", "link"}
+
+
+def test_a_linked_input_is_no_output(tmp_path):
+    (tmp_path / "link").symlink_to("data")
+    command = ("--output-dir", "data/in", "--base-model", "link/in")
+    script_fails("--base-model link/in", "tests/toy.py", *command, cwd=tmp_path)
+
+
+def test_the_data_of_the_repository_is_no_output_from_anywhere(tmp_path):
+    command = ("--output-dir", ROOT / "data/tiny_pythia", "--base-model", "data/tiny_pythia")
+    script_fails("--base-model data/tiny_pythia", "tests/toy.py", *command, cwd=tmp_path)
+
+
+def test_the_folder_of_the_run_is_tried_first(tmp_path):
+    (tmp_path / "runs").write_text("kept")
+    script_fails("cannot write the folder runs/mine", "tests/toy.py", "--run-name", "mine", cwd=tmp_path)
+    assert (tmp_path / "runs").read_text() == "kept" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_output_folder_may_lie_beside(tmp_path):
+    for number, output in enumerate(("data/out", "data/in.2", "../elsewhere", "runs/models/out", "runs/r3/model")):
+        run_here(
+            "tests/toy.py", "--output-dir", output, "--base-model", "data/in", "--run-name", f"r{number}", cwd=tmp_path
+        )
+
+
+# what is printed
+SPEAK = r"""
+import sys
+sys.path.insert(0, sys.argv[1])
+from plumbing import fail, steady_streams
+from tqdm import tqdm
+steady_streams()
+for update in tqdm(range(3)):
+    print("loss", update, "\u2603", "x" * 100_000)
+sys.stderr.write("end\n")
+for _ in tqdm(range(2)):
+    fail("two\nlines")
+"""
+
+
+def speak(shell):
+    """What SPEAK writes, started by a shell command in which $SPEAK stands for it."""
+    words = [sys.executable, "-c", SPEAK, str(ROOT)]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "cp1252", "SPEAK": shlex.join(words)}
+    done = subprocess.run(["bash", "-c", f'eval "$SPEAK" {shell}'], env=environment, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    return done
+
+
+def test_a_terminal_without_a_character_shows_the_rest():
+    done = speak("")
+    assert done.returncode == 2 and done.stdout.count("loss") == 3 and "\\u2603" in done.stdout
+
+
+def test_an_error_has_a_line_of_its_own():
+    lines = speak("").stderr.split("\n")
+    assert "error: two lines" in lines and "end" in lines
+
+
+@pytest.mark.parametrize(
+    "shell", ["| head -c 10; exit ${PIPESTATUS[0]}", ">&-", "> /dev/full", "2>&-", "< /dev/null >&- 2>&-"]
+)
+def test_nobody_who_listens_ends_nothing(shell):
+    done = speak(shell)
+    assert done.returncode == 2
+    if "2>&-" not in shell:
+        assert "end\n" in done.stderr and "error: two lines" in done.stderr

@@ -8,7 +8,7 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, run_here
+from conftest import ROOT, run_here, signals_as_they_were
 from test_errors import fails
 
 from plumbing import flags
@@ -52,6 +52,12 @@ def caught(name):
         patch.setattr(flags, "read_args", catch)
         runpy.run_path(str(ROOT / name), run_name="__main__")
     return found
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    with signals_as_they_were():
+        yield
 
 
 @pytest.fixture(scope="module", params=MAY_BE_0)
@@ -123,6 +129,16 @@ def test_nan_is_no_number(read, capsys):
     fails(capsys, "--max-grad-norm nan must be above 0", read, "--max-grad-norm", "nan")
 
 
+def test_numbers_are_finite_and_not_too_large(read, capsys):
+    for name, value in vars(read()).items():
+        flag = f"--{name.replace('_', '-')}"
+        for text in ("inf", "nan", "-inf", "1e999") if type(value) is float else ():
+            fails(capsys, flag, read, f"{flag}={text}")
+        if type(value) is int and name != "lora_alpha":  # a float with a whole default
+            fails(capsys, f"{flag} {2**63} must be finite, a whole number below 2**63", read, flag, 2**63)
+    assert read("--seed", 2**63 - 1).seed == 2**63 - 1
+
+
 def test_shard_needs_torchrun_and_all_weights(read, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     fails(capsys, "--shard runs under torchrun", read, "--shard")
@@ -169,6 +185,32 @@ def test_a_run_can_grow_and_change_in_nothing_else(run, read, capsys):
 
 def test_a_resumed_run_is_checked_as_any_other(run, read, capsys):
     fails(capsys, "--save-every 0 must be above 0", read, "--resume", "old", "--save-every", 0)
+
+
+def test_saved_flags_are_checked_as_typed_ones(run, read, capsys):
+    """A damaged args.json, or one that somebody edited: one line each."""
+
+    def with_args(text):
+        run.file.write_text(text)
+        return fails(capsys, "--resume old", read, "--resume", "old").err
+
+    for text in ("", "[]", "3", "null", "[1, 2]", '"text"', "{}", "[" * 10**5, '{"script": ', "\ufffe"):
+        with_args(text)
+    run.file.write_bytes(b"\xff\xfe\x00")
+    fails(capsys, "--resume old", read, "--resume", "old")
+    good = {"script": sys.argv[0]} | run.args
+    assert "--seed cannot be '5'" in with_args(json.dumps(good | {"seed": "5"}))
+    assert "--seed cannot be 5.0" in with_args(json.dumps(good | {"seed": 5.0}))
+    assert "--seed cannot be True" in with_args(json.dumps(good | {"seed": True}))
+    assert "--dtype cannot be 'float16'" in with_args(json.dumps(good | {"dtype": "float16"}))
+    assert "--output-dir cannot be None" in with_args(json.dumps(good | {"output_dir": None}))
+    assert "--shard cannot be 1" in with_args(json.dumps(good | {"shard": 1}))
+    run.file.write_text(json.dumps(good | {"seed": -1}))
+    fails(capsys, "--seed -1 must be at least 0", read, "--resume", "old")
+    run.file.write_text(json.dumps(good | {"learning_rate": float("inf")}))
+    fails(capsys, "--learning-rate inf must be finite", read, "--resume", "old")
+    run.file.write_text(json.dumps(good | {"lora_alpha": 64, "max_grad_norm": 2}))  # whole numbers do for others
+    assert read("--resume", "old").lora_alpha == 64
 
 
 def test_what_cannot_be_resumed(run, read, capsys):

@@ -9,13 +9,11 @@ import pytest
 import torch
 from scipy import stats
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import ppo
 import reward_model
 from plumbing.logits import selected_logprobs
-from plumbing.speed import matmul_rate, training_flops
 
 TEMPERATURE = 0.7
 
@@ -314,28 +312,3 @@ def test_a_token_without_probability_is_never_sampled(policy):
 )
 def test_mask_to_eos(ids, expected):
     assert ppo.mask_to_eos(torch.tensor([ids]), 9).int().tolist() == [expected]
-
-
-# measurement
-@pytest.mark.parametrize("frozen", [False, True])
-def test_training_flops_are_those_of_the_matrix_products(policy, critic, batch, frozen):
-    *_, tensors = batch
-    for model in (policy, critic) if frozen else ():  # as with LoRA: no gradient for the layers' own matrices
-        embeddings = {part.weight for part in model.modules() if isinstance(part, torch.nn.Embedding)}
-        for p in set(model.base_model.parameters()) - embeddings:
-            p.requires_grad_(False)
-    mask, longest = tensors[3], (tensors[1].sum(1) + tensors[3].sum(1)).max().item()
-    ids = torch.ones(len(mask), longest, dtype=torch.long)
-    counter = FlopCounterMode(display=False)
-    with counter:
-        hidden, head = ppo.response_states(policy, *tensors)[:, :-1][mask], policy.get_output_embeddings()
-        selected_logprobs(head, hidden, tensors[2][mask], TEMPERATURE).sum().backward()
-        critic.score(critic.base_model(ids).last_hidden_state).sum().backward()
-    names = (torch.ops.aten.mm, torch.ops.aten.addmm)  # attention is bmm or a kernel of its own
-    found = sum(counter.get_flop_counts()["Global"].get(name, 0) for name in names)
-    assert found == training_flops(policy, critic, tokens=ids.numel(), actions=mask.sum())
-
-
-def test_matmul_rate_is_of_this_machine():
-    rate = matmul_rate(torch.device("cpu"), "float32", size=512)
-    assert 1e8 < rate < 1e14

@@ -3,13 +3,19 @@
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, signals_as_they_were
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from test_errors import BASE, fails, save_random
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -140,9 +146,12 @@ def test_a_body_without_a_layer_is_no_start_for_a_reward_model(sft, tmp_path, ca
     fails(capsys, "lacks gpt_neox.layers.1.", load, folder, folder, AutoModelForSequenceClassification, num_labels=1)
 
 
-def test_a_reward_model_is_no_policy_and_the_other_way_round(sft, reward, capsys):
+def test_a_reward_model_is_no_policy_and_the_other_way_round(sft, reward, tmp_path, capsys):
     fails(capsys, "lacks lm_head.weight", load, reward, reward)
     fails(capsys, "is no reward model", load, sft, sft, AutoModelForSequenceClassification)
+    config = json.loads((sft / "config.json").read_text()) | {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    (one_label := copy(sft, tmp_path / "one_label") / "config.json").write_text(json.dumps(config))
+    fails(capsys, "lacks score.weight", load, one_label.parent, sft, AutoModelForSequenceClassification)
 
 
 # what is read: as the scripts do it, and as the model does
@@ -156,10 +165,10 @@ READ = {
     "bloom": transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=99),
 }
 NOT_READ = {
-    "bert": (transformers.BertConfig(**SIZES, is_decoder=True), "behind its output head"),
-    "rwkv": (transformers.RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99), "folder: RwkvForCausalLM"),
-    "mamba": (transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99), "with a cache"),
-    "falcon_h1": (transformers.FalconH1Config(**SIZES), "with a cache"),
+    "bert": transformers.BertConfig(**SIZES, is_decoder=True),
+    "rwkv": transformers.RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99),
+    "mamba": transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99),
+    "falcon_h1": transformers.FalconH1Config(**SIZES),
 }
 
 
@@ -172,7 +181,6 @@ def random_of(config):
     return model
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("config", READ.values(), ids=READ)
 def test_logits_are_those_of_the_model(config):
     model, rng = random_of(config), torch.Generator().manual_seed(5)
@@ -180,23 +188,40 @@ def test_logits_are_those_of_the_model(config):
     prompts = [torch.randint(3, 99, (n,), generator=rng).tolist() for n in (2, 5)]
     responses = [torch.randint(3, 99, (n,), generator=rng).tolist() for n in (4, 3)]
     (ids, mask), (response_ids, response_mask) = pad(prompts, "left", "cpu"), pad(responses, "right", "cpu")
-    found = ppo.token_logprobs(model, ids, mask, response_ids, response_mask, response_mask, 0.7)
-    for row, (prompt, response) in enumerate(zip(prompts, responses)):
+    found, expected = ppo.token_logprobs(model, ids, mask, response_ids, response_mask, response_mask, 0.7), []
+    for prompt, response in zip(prompts, responses):
         logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
-        expected = logits.log_softmax(-1)[range(len(response)), response]
-        torch.testing.assert_close(found[row, : len(response)], expected, rtol=1e-4, atol=1e-4)
+        expected.append(logits.log_softmax(-1)[range(len(response)), response])
+    torch.testing.assert_close(found[response_mask], torch.cat(expected), rtol=1e-4, atol=1e-4)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    for ours, own in zip(*(torch.autograd.grad(x.sum(), weights) for x in (found, torch.cat(expected)))):
+        torch.testing.assert_close(ours, own, rtol=1e-3, atol=1e-3)
     # greedy tokens, one after the other, by the model's own forward pass
-    budget = torch.full((2,), 4)
-    generated = ppo.generate(model, ids, mask, torch.full((2, 4), 0.5), budget, -1, 1e-4)
+    with torch.no_grad():
+        generated = ppo.generate(
+            model, ids, mask, torch.full((2, 4), 0.5), torch.full((2,), 4), torch.tensor([-1]), 1e-4
+        )
     for row, tokens in enumerate(prompts):
         for t in range(4):
             tokens = [*tokens, int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax())]
             assert generated[row, t] == tokens[-1]
 
 
-@pytest.mark.parametrize("config, culprit", NOT_READ.values(), ids=NOT_READ)
-def test_what_cannot_be_read_is_refused(config, culprit, capsys):
-    fails(capsys, culprit, models.check_reading, random_of(config), "folder")
+@pytest.mark.parametrize("config", NOT_READ.values(), ids=NOT_READ)
+def test_what_cannot_be_read_is_refused(config, capsys):
+    model = random_of(config)
+    message = f"folder: {type(model).__name__} cannot be read as a decoder: "
+    fails(capsys, message, models.check_reading, model, "folder")
+
+
+def test_a_model_that_sees_what_follows_is_refused(sft, reward, monkeypatch, capsys):
+    def both_ways(query, key, value, attn_mask=None, is_causal=False, **kwargs):
+        return attention(query, key, value, **kwargs)
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", both_ways)
+    fails(capsys, "cannot be read as a decoder", load, sft, sft)
+    fails(capsys, "cannot be read as a decoder", load, reward, reward, AutoModelForSequenceClassification)
 
 
 # bfloat16
@@ -216,12 +241,19 @@ def test_scores_are_float32_numbers_and_an_adapter_is_not_rounded_away(reward, t
     rng = torch.Generator().manual_seed(3)
     rows = [torch.randint(3, 1000, (12,), generator=rng).tolist() for _ in range(64)]
     batch = (*pad([row[:6] for row in rows], "left", "cpu"), *pad([row[6:] for row in rows], "right", "cpu"))
+    layer = model.base_model.layers[1].mlp.dense_h_to_4h
+    change = (
+        layer.scaling["default"] * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    )
+    expected = layer.base_layer.weight.double() + change
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
         adapted = ppo.sequence_scores(model, *batch)
         models.save_model(str(tmp_path / "out"), models.merge(trained), tokenizer)
         merged = ppo.sequence_scores(model, *batch)
         again = ppo.sequence_scores(models.load_model(scalar, str(tmp_path / "out"), tokenizer, args, CPU), *batch)
         without_adapter = ppo.sequence_scores(frozen, *batch)
+    merged_weight = load_file(tmp_path / "out/model.safetensors")["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"]
+    torch.testing.assert_close(merged_weight.double(), expected, rtol=0, atol=1e-6)  # no bfloat16 product
     exact = ppo.sequence_scores(scalar.from_pretrained(tmp_path / "out", dtype=torch.float32).eval(), *batch)
     assert adapted.dtype == torch.float32 and not adapted.bfloat16().float().equal(adapted)
     effect = (exact - without_adapter).std()
@@ -273,21 +305,24 @@ def started(monkeypatch, tmp_path):
     """In an empty folder: environments and commands of the scripts that build_missing starts, which do nothing."""
     found = SimpleNamespace(commands=[], environments=[], code=0)
 
-    def run(command, env):
+    def popen(command, env):
         found.commands.append(command)
         found.environments.append(env)
-        return SimpleNamespace(returncode=found.code)
+        return SimpleNamespace(wait=lambda: found.code)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models.subprocess, "run", run)
-    return found
+    monkeypatch.setattr(models.subprocess, "Popen", popen)
+    with signals_as_they_were():
+        yield found
 
 
 SFT, REWARD = "models/sft", "models/reward"
 
 
 def test_missing_defaults_are_trained_in_order(started, capsys):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     models.build_missing((SFT, SFT, "sft.py"), (REWARD, REWARD, "reward_model.py"))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     scripts = [str(ROOT / name) for name in ("sft.py", "reward_model.py")]
     assert started.commands == [[sys.executable, script] for script in scripts]
     assert f"{REWARD} does not exist yet: running reward_model.py" in capsys.readouterr().out
@@ -295,8 +330,12 @@ def test_missing_defaults_are_trained_in_order(started, capsys):
 
 def test_what_is_there_is_not_trained_again(started):
     os.makedirs(SFT)
+    Path(SFT, "config.json").touch()
     models.build_missing((SFT, SFT, "sft.py"))
     assert not started.commands
+    Path(SFT, "config.json").unlink()  # what a save that was killed leaves
+    models.build_missing((SFT, SFT, "sft.py"))
+    assert started.commands
 
 
 def test_what_the_user_names_is_checked_first(started, sft, capsys):
@@ -323,6 +362,152 @@ def test_one_process_of_torchrun_trains_alone(started, monkeypatch):
     models.build_missing((SFT, SFT, "sft.py"))
     (environment,) = started.environments
     assert "PATH" in environment and not {"RANK", "WORLD_SIZE"} & environment.keys()
+
+
+def test_of_two_first_runs_the_second_waits(started):
+    os.makedirs("models")
+    lock = FileLock(f"{SFT}.lock").acquire()
+    second = threading.Thread(target=models.build_missing, args=((SFT, SFT, "sft.py"),))
+    second.start()
+    second.join(timeout=0.3)
+    assert second.is_alive() and not started.commands
+    os.makedirs(SFT)
+    Path(SFT, "config.json").touch()
+    lock.lock.release()
+    second.join()
+    assert not started.commands
+
+
+CHILD = """
+import pathlib, signal, sys, time
+def end(*_):
+    time.sleep(0.3)
+    pathlib.Path("ended").touch()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, end)
+pathlib.Path("ready").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_what_is_trained_first(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "ROOT", str(tmp_path))
+    (tmp_path / "sft.py").write_text(CHILD)
+
+    def send():
+        while not os.path.exists("ready"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    def not_passed_on(*_):
+        raise AssertionError
+
+    with signals_as_they_were():
+        signal.signal(number, not_passed_on)
+        threading.Thread(target=send).start()
+        fails(capsys, "sft.py did not finish", models.build_missing, (SFT, SFT, "sft.py"))
+    assert os.path.exists("ended")  # it was waited for
+
+
+# what is read, for --resume
+def test_the_files_that_a_model_is_read_from_are_known(sft, tmp_path, monkeypatch):
+    folder = copy(sft, tmp_path / "sft")
+    first = models.content_id(str(folder))
+    (folder / "README.md").write_text("changed")
+    (folder / "optimizer.pt").write_text("not read")
+    assert models.content_id(str(folder)) == first == models.content_id(str(sft))
+    load(folder, folder)
+    assert models.inputs[str(folder)] == first
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(before + b" ")
+        assert models.content_id(str(folder)) != first
+        (folder / name).write_bytes(before)
+    (folder / "generation_config.json").rename(folder / "generation_configs.json")
+    assert models.content_id(str(folder)) != first
+    monkeypatch.chdir(tmp_path)
+    assert models.content_id("data/tiny_pythia") == models.content_id(str(BASE))
+
+
+# what is not a model, or one that is read in another way
+def test_code_of_a_folder_never_runs(sft, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # as `yes | python sft.py` would answer
+    folder = copy(sft, tmp_path / "code")
+    (folder / "code.py").write_text("open('it ran', 'w')\nclass Model: pass\nclass Config: pass\n")
+    maps = {"AutoModelForCausalLM": "code.Model"}
+    for settings in ({"model_type": "vit"}, {"model_type": "unheard_of"}):  # of transformers, but no decoder; unknown
+        maps |= {"AutoConfig": "code.Config"} if settings["model_type"] == "unheard_of" else {}
+        (folder / "config.json").write_text(json.dumps(settings | {"auto_map": maps}))
+        fails(capsys, f"cannot load {folder}", load, folder, sft)
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        fails(capsys, f"cannot load {folder}", load, folder, sft, may_be_empty=True)
+        fails(capsys, f"cannot load {folder}", models.check_model, AutoModelForCausalLM, str(folder), None, 1)
+    assert not os.path.exists("it ran")
+
+
+def test_an_adapter_is_no_model(sft, tmp_path, capsys):
+    peft.get_peft_model(load(sft, sft), peft.LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
+    fails(capsys, f"{tmp_path} holds LoRA adapters alone", load, tmp_path, sft)
+    fails(capsys, f"{tmp_path} holds LoRA adapters alone", models.load, AutoTokenizer, str(tmp_path))
+    fails(capsys, f"{tmp_path} holds LoRA adapters alone", models.build_missing, (str(tmp_path), SFT, "sft.py"))
+
+
+def test_an_encoder_is_no_reward_model(tmp_path, capsys):
+    config = transformers.BertConfig(**SIZES | {"vocab_size": 2000}, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path)
+    fails(capsys, "is no reward model of a decoder", load, tmp_path, tmp_path, AutoModelForSequenceClassification)
+
+
+def test_a_reward_model_read_before_its_eos_is_noted(tmp_path, capsys):
+    scalar, eos = AutoModelForSequenceClassification, AutoTokenizer.from_pretrained(BASE).eos_token_id
+    said = {}
+    for name, settings in {"other": {"pad_token_id": eos}, "ours": {"pad_token_id": eos, "score_mean": 0.5}}.items():
+        folder = save_random(tmp_path / name, scalar, num_labels=1, **settings)
+        load(folder, folder, scalar)
+        said[name] = capsys.readouterr().out
+    assert "other pads with its EOS" in said["other"] and "EOS" not in said["ours"]
+    folder = save_random(tmp_path / "third", scalar, num_labels=1, pad_token_id=eos + 1)
+    load(folder, folder, scalar)
+    assert "EOS" not in capsys.readouterr().out
+
+
+def test_a_prompt_is_shared_where_a_cache_can_be_repeated(sft, reward, monkeypatch, capsys):
+    plain, recomputed = (SimpleNamespace(gradient_checkpointing=value) for value in (False, True))
+    scalar = AutoModelForSequenceClassification
+    for model in (load(sft, sft), load(reward, reward, scalar)):
+        assert models.can_share(model, plain) and not models.can_share(model, recomputed)
+    repeated = transformers.DynamicCache.batch_repeat_interleave
+
+    def mixed_up(cache, n):
+        repeated(cache, n)
+        cache.batch_select_indices(torch.tensor([2, 3, 0, 1]))
+
+    for repeat in (lambda cache, n: None, lambda cache, n: cache.no_such_method(), mixed_up):
+        monkeypatch.setattr(transformers.DynamicCache, "batch_repeat_interleave", repeat)
+        assert not models.can_share(load(reward, reward, scalar), plain)  # it reads one side after the other
+        fails(capsys, "cannot be read as a decoder", load, sft, sft)  # no rollout without it
+
+
+# what is saved
+def test_a_saved_model_ends_where_its_responses_end(sft, tmp_path, monkeypatch):
+    tokenizer, ids = models.load(AutoTokenizer, str(sft)), {}
+    for name, ends in {"one": [0], "two": [0, 5]}.items():
+        monkeypatch.setattr(models, "end_ids", lambda tokenizer, path="", ends=ends: ends)
+        models.save_model(str(tmp_path / name), load(sft, sft), tokenizer)
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        ids[name] = (saved.config.eos_token_id, saved.generation_config.eos_token_id)
+    assert ids == {"one": (0, 0), "two": ([0, 5], [0, 5])}
+
+
+def test_a_generation_config_that_transformers_refuses_loses_no_model(sft, tmp_path):
+    model = load(sft, sft)
+    model.generation_config.update(do_sample=False, temperature=0.3)
+    models.save_model(str(tmp_path / "out"), model, models.load(AutoTokenizer, str(sft)))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 # from another working directory

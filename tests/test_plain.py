@@ -16,7 +16,7 @@ from conftest import ROOT, read_metrics, run_here
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from plumbing.one_file import one_file
+from benchmark.one_file import one_file
 
 PAIRS = ("--num-epochs", 1, "--batch-size", 64)
 STEPS = ("--total-episodes", 48, "--batch-size", 16, "--minibatch-size", 8, "--num-ppo-epochs", 2)

@@ -286,6 +286,18 @@ def test_sharded_then_alone_then_sharded_again(models, alone, tmp_path):
         assert_same_to_rounding("drpo.py", tmp_path, expected)
 
 
+@pytest.mark.parametrize(
+    "name, value", [("WORLD_SIZE", None), ("MASTER_ADDR", None), ("RANK", ""), ("WORLD_SIZE", "x")]
+)
+def test_half_of_torchrun_is_one_line(name, value, tmp_path, monkeypatch):
+    given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"} | {name: value}
+    for variable, content in given.items():
+        monkeypatch.setenv(variable, content) if content is not None else monkeypatch.delenv(variable, raising=False)
+    done = run_here(TOY, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: $RANK is set, as by torchrun, but")
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 def test_what_sharding_needs(tmp_path, monkeypatch):
     for script in ("drpo.py", *OTHERS):
         done = run_here(script, "--shard", cwd=tmp_path, check=False)
@@ -409,11 +421,11 @@ def test_a_sharded_run_passes_over_a_damaged_checkpoint(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--shard",)])
-def test_nan_ends_a_job_with_a_checkpoint(flags, tmp_path):
-    command = torchrun(2, TOY, "--run-name", "run", "--nan-at", 3, *flags)
+def test_nan_ends_a_job(flags, tmp_path):
+    command = torchrun(2, TOY, "--run-name", "run", "--nan-at", 3, "--save-every", 1, *flags)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0 and "error: update 3: not finite: errors; rows 5 of --train-split" in done.stderr
-    assert list(checkpoints(tmp_path / "runs/run")) == [2]
+    assert list(checkpoints(tmp_path / "runs/run")) == [1, 2]
 
 
 @pytest.mark.slow

@@ -4,8 +4,10 @@ Tested on toy.py, which uses plumbing/ as the real scripts do, and with one stop
 """
 
 import contextlib
+import hashlib
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -13,15 +15,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
+import pandas
 import pytest
 import torch
 from conftest import ROOT, read_metrics, read_rows, run_here, run_script, write_dataset
 from filelock import FileLock
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from plumbing import runs
+from plumbing.runs import Run
 
 TOY = ROOT / "tests/toy.py"
 EVERY = ("--save-every", 1, "--keep-checkpoints", 99)
@@ -113,11 +119,6 @@ def test_what_a_run_leaves(folder):
     assert "runs/left" in done.stdout and "16 rows" in done.stdout
 
 
-def test_there_is_no_picture_of_nothing(folder):
-    runs.plot([], "run.png")
-    assert not (folder / "run.png").exists()
-
-
 def test_the_number_of_checkpoints(folder):
     good("--run-name", "three", "--save-every", 1, "--keep-checkpoints", 3)
     assert list(checkpoints(folder / "runs/three")) == [6, 7, 8]
@@ -148,19 +149,27 @@ def test_a_run_goes_on_as_if_nothing_had_happened(folder, update):
 
 def test_what_was_half_written_goes(folder):
     good("--run-name", "whole")
-    (folder / "runs/half.tmp").mkdir()  # killed while the folder was made
-    (folder / "runs/half.tmp/args.json").write_text("{")
     good("--run-name", "half", *EVERY)
     run_dir = folder / "runs/half"
     go_back(run_dir, 5)
-    (run_dir / "checkpoint_00000006.tmp").write_bytes(checkpoints(run_dir)[5].read_bytes()[:1000])
-    (run_dir / "metrics.jsonl.tmp").write_text("{")
-    (run_dir / "folder.tmp").mkdir()
+    (run_dir / "checkpoint.tmp").write_bytes(checkpoints(run_dir)[5].read_bytes()[:1000])
+    (run_dir / "args.json.tmp").write_text("{")
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"update": 9, "lo')
     good("--resume", "half")
     assert not list(folder.rglob("*.tmp"))
     assert_same(run_dir, folder / "runs/whole")
+
+
+def test_what_a_user_keeps_in_a_run_stays(folder):
+    good("--run-name", "half.tmp")  # a name like that of a temporary folder
+    good("--run-name", "half")
+    own = [folder / "runs/half" / name for name in ("notes.tmp", "checkpoint_mine.tmp", "folder.tmp/file")]
+    (folder / "runs/half/folder.tmp").mkdir()
+    for path in own:
+        path.write_text("kept")
+    good("--resume", "half")
+    assert [path.read_text() for path in own] == ["kept"] * 3 and (folder / "runs/half.tmp/result.json").exists()
 
 
 @pytest.mark.parametrize("damaged", [(8,), (7, 8), range(1, 9)])
@@ -179,6 +188,95 @@ def test_a_damaged_checkpoint_is_passed_over(folder, damaged):
     assert_same(run_dir, folder / "runs/whole")
 
 
+def foreign(run_dir, change):
+    """The newest checkpoint as `change` of what it holds makes it, under a name with the right checksum."""
+    path = checkpoints(run_dir)[8]
+    saved = torch.load(path, weights_only=True)
+    made = change(saved)
+    if isinstance(made, bytes):
+        path.write_bytes(made)
+    else:
+        torch.save(saved if made is None else made, path)
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    return path.rename(run_dir / f"checkpoint_00000008_{checksum}.pt")
+
+
+FOREIGN = {
+    "a pickle": lambda saved: pickle.dumps(print),
+    "a pickle of torch": lambda saved: SimpleNamespace(saved=saved),
+    "text": lambda saved: b"checkpoint",
+    "nothing": lambda saved: b"",
+    "a list": lambda saved: [1, 2],
+    "other keys": lambda saved: {"model": saved["parameters"]},
+    "no id": lambda saved: saved.pop("id") and None,
+    "another run": lambda saved: saved.update(id="0" * 32),
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_checkpoint_is_passed_over(folder, change):
+    good("--run-name", "whole")
+    good("--run-name", "foreign", *EVERY)
+    path = foreign(folder / "runs/foreign", change)
+    done = good("--resume", "foreign")
+    assert f"note: {path.relative_to(folder)} is damaged or of another run" in done.stdout
+    assert done.stdout.count("note:") == 1 and path.with_name(f"{path.name}.damaged").exists()
+    assert_same(folder / "runs/foreign", folder / "runs/whole")
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(folder):
+    """Copied under its own name, which holds its checksum, into a run with the very same flags but another seed."""
+    good("--run-name", "whole")
+    good("--run-name", "here", *EVERY)
+    good("--run-name", "there", "--seed", 2)
+    run_dir, (path,) = folder / "runs/here", checkpoints(folder / "runs/there").values()
+    go_back(run_dir, 5)
+    shutil.copy(path, run_dir)
+    assert f"{path.name} is damaged or of another run" in good("--resume", "here").stdout
+    assert_same(run_dir, folder / "runs/whole")
+
+
+def test_a_run_from_before_there_were_ids_goes_on(folder):
+    good("--run-name", "old", *EVERY)
+    foreign(folder / "runs/old", lambda saved: {key: saved[key] for key in saved.keys() - {"id", "inputs"}})
+    args = json.loads((folder / "runs/old/args.json").read_text())
+    (folder / "runs/old/args.json").write_text(json.dumps({key: args[key] for key in args.keys() - {"id"}}))
+    for _ in range(2):
+        assert "note" not in good("--resume", "old").stdout
+
+
+def test_a_run_goes_on_with_the_same_inputs_or_not_at_all(folder):
+    (folder / "rows").write_text("some")
+    good("--run-name", "same", *EVERY)
+    run_dir = folder / "runs/same"
+    go_back(run_dir, 5)
+    good("--resume", "same")
+    go_back(run_dir, 5)
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    (folder / "rows").write_text("others")
+    assert refused("--resume", "same") == "error: --resume same: changed since the run began: rows, train\n"
+    assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
+
+
+@pytest.mark.parametrize("script, name", [("sft.py", "reference, train"), ("sft.py", "model"), ("drpo.py", "reward")])
+def test_a_real_run_knows_its_data_and_models(folder, models, script, name):
+    flags = list(flags_of(script, models))
+    for place, value in enumerate(flags):
+        if isinstance(value, Path) and value.is_dir():
+            flags[place] = shutil.copytree(value, folder / value.name)
+    if name == "model":
+        name = "tiny_pythia"
+    flags += ["--num-epochs", 1] if script == "sft.py" else ["--total-episodes", 16]
+    run_here(script, *flags, "--run-name", "mine", "--output-dir", "out", cwd=folder)
+    changed = folder / name.split(",")[0]
+    changed = next(changed / file for file in ("train.jsonl", "config.json") if (changed / file).exists())
+    text = changed.read_text()
+    changed.write_text("\n".join([*text.splitlines()[1:], text.splitlines()[0]]) if "train" in name else f"{text} ")
+    done = run_here(script, "--resume", "mine", cwd=folder, check=False)
+    assert done.returncode == 2
+    assert f"error: --resume mine: changed since the run began: {folder / name}\n" in done.stderr
+
+
 def test_what_a_resumed_run_refuses(folder):
     good("--run-name", "refusals")
     run_dir = folder / "runs/refusals"
@@ -194,6 +292,9 @@ def test_what_a_resumed_run_refuses(folder):
     shutil.copy(TOY, folder / "other.py")
     assert "is a run of toy.py" in refused("--resume", "refusals", script=folder / "other.py")
     assert "there is no such run" in refused("--resume", "nowhere")
+    for name in ("refusals/", "../runs/refusals", folder / "runs/refusals", "..", ".refusals", " ", "refusals "):
+        for flag in ("--resume", "--run-name"):
+            assert f"{flag} {str(name)!r} must be a plain name" in refused(flag, name)
     assert "already exists" in refused("--run-name", "refusals")
     assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
 
@@ -212,12 +313,21 @@ def test_what_a_resumed_run_may_change(folder):
 
 
 # one process a run
-def test_a_name_that_is_locked(folder):
-    (folder / "runs").mkdir()
-    with FileLock(folder / "runs/.locked.lock"):
-        assert "another process" in refused("--run-name", "locked")
-    assert not (folder / "runs/locked").exists()
+def test_a_run_that_is_locked(folder):
     good("--run-name", "locked")
+    with FileLock(folder / "runs/locked/.lock"):
+        assert "another process" in refused("--resume", "locked")
+    good("--resume", "locked")
+
+
+@pytest.mark.parametrize("take", [lambda run: run.open({}, mock.Mock()), lambda run: run.keep({"table.md": "mine"})])
+def test_a_name_that_another_took_meanwhile(take, folder, capsys):
+    run = Run(SimpleNamespace(run_name="taken", seed=1))
+    (folder / "runs/taken").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        take(run)
+    assert "where another process may be at work" in capsys.readouterr().err
+    assert {path.name for path in (folder / "runs/taken").iterdir()} <= {".lock"}
 
 
 def test_a_name_belongs_to_one_process(folder):
@@ -289,7 +399,7 @@ def test_the_second_interrupt_ends_at_once(folder):
 def half_written(run_dir):
     """Checkpoints under their temporary names, with the moment of the last write."""
     found = set()
-    for path in run_dir.glob("checkpoint_*.tmp"):
+    for path in run_dir.glob("checkpoint.tmp"):
         with contextlib.suppress(FileNotFoundError):
             found.add((path.name, path.stat().st_ctime_ns))
     return found
@@ -360,23 +470,84 @@ def test_a_full_disk_costs_one_line_and_no_checkpoint(folder):
 
 # not finite
 def test_nan_in_one_row_is_named(folder):
-    good("--run-name", "two", "--num-epochs", 2)
-    done = toy("--run-name", "nan", "--nan-at", 3)
+    done = toy("--run-name", "nan", "--nan-at", 3, "--save-every", 1)
     assert done.returncode == 2 and "error: update 3: not finite: errors; rows 5 of --train-split\n" in done.stderr
     run_dir = folder / "runs/nan"
-    assert list(checkpoints(run_dir)) == [2] and not (run_dir / "result.json").exists()
-    assert_same(run_dir, folder / "runs/two")  # from before the update
+    assert list(checkpoints(run_dir)) == [1, 2] and not (run_dir / "result.json").exists()
 
 
-def test_no_checkpoint_once_the_update_has_begun(folder):
+def test_a_loss_that_is_not_finite_is_named(folder):
     done = toy("--run-name", "explodes", "--learning-rate", 1e30)  # the first of two steps is far too long
     assert done.returncode == 2
     names, rows = re.search(r"error: update 1: not finite: (.*); rows (.*) of --train-split\n", done.stderr).groups()
-    assert names == "norm, loss" and len(rows.split(", ")) == 8
-    assert not checkpoints(folder / "runs/explodes")
+    assert names == "norm, loss" and len(rows.split(", ")) == 5 and rows.endswith(" and 3 more")
     done = toy("--run-name", "one_step", "--learning-rate", 1e30, "--minibatch-size", 16)
-    assert done.returncode == 2 and "error: update 2: not finite: errors; rows 0, 1, 2" in done.stderr
-    assert list(checkpoints(folder / "runs/one_step")) == [1]
+    assert done.returncode == 2 and "error: update 2: not finite: errors; rows 0, 1, 2, 3, 4 and 11 more" in done.stderr
+
+
+NOT_FINITE = {
+    "train": "logprobs, ref_logprobs; rows 7 of --train-split",
+    "validation": "in the evaluation before it: kl",
+}
+
+
+@pytest.mark.parametrize("split", NOT_FINITE)
+def test_nan_of_a_policy_is_named(folder, models, split):
+    """Weights that overflow at one word: in the first evaluation, or in a rollout, where they make no probability."""
+    tokenizer = AutoTokenizer.from_pretrained(models.sft)
+    rows = {name: read_rows(models.reference / f"{name}.jsonl") for name in ("train", "validation", "test")}
+    text = " ".join(row["prompt"] + row["completion"] for part in rows.values() for row in part)
+    spare = next(iter(set(range(300, len(tokenizer))) - set(tokenizer(text)["input_ids"])))
+    rows[split][7]["prompt"] = tokenizer.decode([spare]) + rows[split][7]["prompt"]
+    (folder / "data").mkdir()
+    for name, part in rows.items():
+        (folder / f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    model = AutoModelForCausalLM.from_pretrained(models.sft)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[spare] = 3e38 * (-1.0) ** torch.arange(64)
+    for kind in (model, tokenizer):
+        kind.save_pretrained(folder / "sft")
+    flags = (*models.flags, "--dataset", folder / "data", "--sft-path", folder / "sft", "--run-name", "nan")
+    sizes = ("--total-episodes", 256, "--batch-size", 256, "--minibatch-size", 256, "--temperature", 0.1)
+    done = run_here("drpo.py", *flags, *sizes, cwd=folder, check=False)
+    assert done.returncode == 2
+    assert re.search(rf"^error: update 1: not finite:? {NOT_FINITE[split]}$", done.stderr, re.MULTILINE)
+
+
+# the end
+def test_samples_and_table_come_after_everything_is_saved(folder, monkeypatch):
+    done = good("--run-name", "end").stdout
+    assert re.search("a sample\nanother\n(.*\n)*\n16 rows.*\n(.*\n)*\nfinal model: out", done)
+
+    def broken(*_, **__):
+        assert (folder / "runs/broken/result.json").exists() and (folder / "runs/broken/run.png").exists()
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == [signal.SIG_DFL] * 2
+        with FileLock(folder / "runs/broken/.lock", timeout=0):  # free
+            raise KeyError("printing")
+
+    monkeypatch.setattr(pandas.DataFrame, "from_dict", broken)
+    with pytest.raises(KeyError, match="printing"):
+        toy("--run-name", "broken")
+
+
+def test_ctrl_c_is_a_quiet_end_outside_of_the_updates(folder):
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from dataclasses import dataclass
+from plumbing.flags import read_args
+@dataclass
+class Args:
+    seed: int = 1
+read_args(Args)
+print("ready", file=sys.stderr)
+time.sleep(60)
+"""
+    (folder / "waits.py").write_text(code)
+    process = start(folder / "waits.py")
+    read_until(process.stderr, "ready")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1].strip() == "" and process.returncode == -signal.SIGINT  # 130 in a shell
 
 
 # the real scripts
@@ -451,7 +622,6 @@ def test_nan_in_one_reward_is_named(folder, models):
     # where the response did not end, its score is --missing-eos-score instead
     names = f"error: update {update}: not finite: (scores, )?values"
     assert re.search(rf"{names}; rows {target} of --train-split\n", done.stderr)
-    assert max(checkpoints(folder / "runs/poisoned")) == update - 1
     assert not (folder / "out").exists()
 
 
@@ -463,5 +633,4 @@ def test_a_gradient_that_is_not_finite_is_named(folder, models, script, update):
     done = run_script(script, *flags, cwd=folder, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     pattern = rf"error: update {update}: not finite: loss.*; rows (.*) of --train-split\n"
-    assert len(re.search(pattern, done.stderr)[1].split(", ")) == (32 if script == "sft.py" else 16)
-    assert list(checkpoints(folder / "runs/explodes")) == ([1] if script == "sft.py" else [])
+    assert re.search(pattern, done.stderr)[1].endswith(f" and {(32 if script == 'sft.py' else 16) - 5} more")

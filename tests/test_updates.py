@@ -30,7 +30,7 @@ from transformers import (
 
 CAUSAL, SCALAR = AutoModelForCausalLM, AutoModelForSequenceClassification
 WORDS = [*"abcdefghijklmnop", ".", "<end>"]  # id 0, with which tensors are padded, is a word like any other
-ENDS = (17,)
+ENDS = (16, 17)  # the policy may end with "." too, says its generation_config
 DATA, SAMPLING, MINIBATCHES, RESETS = 1, 2, 3, 4  # streams of random numbers
 SEED, ROWS, UPDATES = 3, 10, 3
 SHARED = {"seed": SEED, "prompt_length": 7, "response_length": 8, "micro_batch_size": 3, "learning_rate": 0.01}

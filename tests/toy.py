@@ -1,5 +1,6 @@
 """A training script in little: a linear map learns to flip its input. It uses plumbing/ as the real ones do."""
 
+import os
 import sys
 import time
 from collections import Counter
@@ -12,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from plumbing import inputs
 from plumbing.flags import read_args
 from plumbing.processes import gradient_norm, in_chunks, in_parts, micro_batches, start_processes, sum_over_processes
 from plumbing.runs import Run
@@ -25,6 +27,7 @@ class Args:
     seed: int = 1
     train_split: str = "train"
     output_dir: str = "out"
+    base_model: str = ""  # never read
     num_epochs: int = 8  # an update each
     minibatch_size: int = 8
     learning_rate: float = 1e-2
@@ -42,6 +45,8 @@ if __name__ == "__main__":
     args = read_args(Args, may_be_0="wait nan_at")
     device = start_processes(args, minibatch_size=args.minibatch_size)
     run = Run(args)
+    if os.path.exists("rows"):  # as load_rows does
+        inputs["rows, train"] = open("rows").read()
     torch.manual_seed(args.seed)
     data, lengths, size = torch.randn(16, args.width, device=device), torch.arange(16) % 5, args.micro_batch_size
     model = torch.nn.Linear(args.width, args.width)
@@ -73,4 +78,4 @@ if __name__ == "__main__":
         run.lap("update")
         run.history.append({"epoch": update, "error": found.mean().item()})
         run.log({"loss": sums["loss"], "norm": norm, "gained": (run.state["before"] - found).mean()}, loss=sums["loss"])
-    run.finish({"toy": {"error": run.history[-1]["error"]}}, "16 rows")
+    run.finish({"toy": {"error": run.history[-1]["error"]}}, "16 rows", ["a sample", "another"])

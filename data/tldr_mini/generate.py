@@ -4,7 +4,7 @@
     python data/tldr_mini/generate.py --out DIR  # the same files somewhere else
     python data/tldr_mini/generate.py --describe # writes nothing, prints the numbers quoted in README.md
 
-Standard library only (the rubric, which also decides labels, is plumbing/rubric.py's), and only `random.random()` is drawn
+Standard library only (the rubric, which also decides labels, is data/tldr_mini/rubric.py's), and only `random.random()` is drawn
 from: its stream is fixed across Python versions, which `choice`, `shuffle` and `sample` do not promise. The task is
 described in data/tldr_mini/README.md.
 """
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from plumbing.rubric import rubric_score
+from data.tldr_mini.rubric import rubric_score
 
 SEED = 8495  # from the paper's arXiv number, 2404.08495
 OTHER_STORY = 0.2  # share of distractors that are a whole other story; the rest are details of no importance

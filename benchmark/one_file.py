@@ -1,9 +1,13 @@
-"""`python -m plumbing.plain drpo.py`: a script with plain.py's functions in place of its imports from plumbing/."""
+"""What `python -m plumbing.plain drpo.py` writes: a script with plain.py's functions in place of its imports from plumbing/."""
 
 import ast
 import os
 import re
 import sys
+
+from plumbing import ROOT
+
+OWN = ("from plumbing", "from data.")  # whose names the copy defines itself
 
 
 def parsed(name):
@@ -26,17 +30,17 @@ def one_file(path):
     """The text of the copy: header, imports, the functions that the script imports and those they need, its own story."""
     text, imports, _ = parsed(path)
     known, lines = {}, dict(imports)
-    for name in ("plain.py", "rubric.py"):  # the rubric is plain as it is
-        _, more_imports, definitions = parsed(os.path.join(os.path.dirname(__file__), name))
+    for name in ("plumbing/plain.py", "data/tldr_mini/rubric.py"):  # the rubric is plain as it is
+        _, more_imports, definitions = parsed(os.path.join(ROOT, name))
         known |= definitions
         lines = more_imports | lines
-    wanted = {name for line, names in imports.items() if line.startswith("from plumbing") for name in names}
+    wanted = {name for line in imports if line.startswith(OWN) for name in imports[line]}
     while more := set().union(*(known[name][1] for name in wanted)) & known.keys() - wanted:
         wanted |= more
     used = set().union(*(known[name][1] for name in wanted))
     groups = {True: [], False: []}  # of the standard library or not, in the order that linters like
     for line in sorted(lines, key=lambda line: (line.startswith("from"), line.split()[1])):
-        if not line.startswith("from plumbing") and (line in imports or lines[line] & used):
+        if not line.startswith(OWN) and (line in imports or lines[line] & used):
             groups[line.split()[1].split(".")[0] in sys.stdlib_module_names].append(line)
     first_import, first_blank = re.search(r"\n(from|import) ", text).start(), text.index("\n\n\n")
     parts = [known[name][0] for name in known if name in wanted]
