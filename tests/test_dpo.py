@@ -213,9 +213,10 @@ def test_training_raises_the_margin_on_training_pairs(runs, models):
 
 def test_what_it_prints_and_saves(runs, models):
     lines = runs.first.stdout.splitlines()
-    for name in TERMS:
-        (cells,) = (line.split()[1:] for line in lines if line.split()[:1] == [name])
-        expected = [runs.first.result[when][name] for when in ("before", "after")]
+    (titles,) = (line for line in lines if set(line.split()[-len(TERMS) :]) == TERMS)
+    for when in ("before", "after"):
+        (cells,) = (line.split()[-len(TERMS) :] for line in lines if line.split()[:1] == [when])
+        expected = [runs.first.result[when][name] for name in titles.split()[-len(TERMS) :]]
         assert [float(cell) for cell in cells] == pytest.approx(expected, abs=6e-4)
     assert lines[-1].startswith(f"final model: {runs.first.output} ")
     saved = AutoTokenizer.from_pretrained(runs.first.output)
