@@ -51,8 +51,8 @@ class Args:
     """folder for the final model; a folder already there is kept under a numbered name"""
     eval_every: int = 5
     """updates between two evaluations on the validation split"""
-    eval_rows: int = 1000
-    """validation rows per evaluation"""
+    eval_rows: int = 400
+    """most rows of a split to evaluate on"""
     beta: float = 0.05
     """KL strength (beta in DPO; not the reset probability of drpo.py); 0.05 in the paper"""
     num_epochs: int = 1
@@ -65,8 +65,8 @@ class Args:
     """the gradient is scaled down to this norm"""
     prompt_length: int = 128
     """most prompt tokens; longer prompts are cut from the left"""
-    response_length: int = 40
-    """most response tokens, EOS included; longer than the policies' so that rambling pairs are seen whole"""
+    response_length: int = 32
+    """most response tokens, EOS included"""
 
 
 # log-probs
@@ -134,7 +134,7 @@ if __name__ == "__main__":
 
     # data
     names, columns = (args.train_split, args.validation_split), ("prompt", "chosen", "rejected")
-    splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path)
+    splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path, args.max_rows)
     splits[args.validation_split] = splits[args.validation_split][: args.eval_rows]
     train, validation = (splits[name] for name in names)
     build_missing((args.sft_path, Args.sft_path, "sft.py"))

@@ -33,9 +33,10 @@ from plumbing.flags import read_args, whole_batches
 from plumbing.logits import output_head, selected_logprobs
 from plumbing.models import build_missing, load, load_model, make_trainable, merge, save_model, trainable
 from plumbing.processes import gradient_norm, in_chunks, micro_batches, start_processes, sum_over_processes
+from plumbing.rewards import load_reward
 from plumbing.rows import load_rows
 from plumbing.runs import Run
-from plumbing.sharding import forward_pass, forward_passes
+from plumbing.sharding import fill, forward_pass, forward_passes
 from plumbing.tokens import encode_rows, end_ids, pad, trim
 
 
@@ -55,12 +56,12 @@ class Args:
     """split for the final table; the picture uses `validation`"""
     eval_every: int = 5
     """updates between two evaluations on the validation split"""
-    eval_rows: int = 128
-    """validation rows per evaluation"""
+    eval_rows: int = 400
+    """most rows of a split to evaluate on"""
     sft_path: str = "models/sft"
     """folder or hub name of the supervised policy (pi_SFT): start and KL anchor; the default is trained if missing"""
     reward_path: str = "models/reward"
-    """folder or hub name of the reward model; the default belongs to models/sft and is trained if missing"""
+    """reward model: folder or hub name, by default trained if missing; or FILE.py with score(prompt, response, row)"""
     output_dir: str = "models/drpo"
     """folder for the final model; a folder already there is kept under a numbered name"""
     total_episodes: int = 5120
@@ -189,6 +190,14 @@ def sequence_scores(reward_model, prompt_ids, prompt_mask, response_ids, respons
     return reward_model.score(last).squeeze(-1).float() - getattr(reward_model.config, "score_mean", 0.0)
 
 
+def score_responses(reward, rows, batch, tokenizer, size):
+    """Scores (B,): of a reward model, or of a function of rows and response texts (--reward-path FILE.py)."""
+    if isinstance(reward, torch.nn.Module):
+        return in_chunks(sequence_scores, reward, size, *batch, lengths=batch[1].sum(1) + batch[3].sum(1))
+    texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(*batch[2:])]
+    return torch.tensor(reward(rows, texts), device=batch[0].device)
+
+
 # rewards, advantages, losses
 def make_rewards(kl, scores, action_mask, response_mask, kl_coef):
     """Rewards (B, R): -kl_coef * kl on every action, plus the score (B,) on the last real token."""
@@ -229,11 +238,11 @@ def value_loss(new_values, values, returns, clip_coef):
 
 
 # evaluation
-def evaluate(policy, rows, ref_policy, reward_model, tokenizer, args, device):
+def evaluate(policy, rows, ref_policy, reward, tokenizer, args, device):
     """Samples one response per row from its prompt, at the training temperature and from one fixed table of uniforms.
 
-    -> texts and means: win rate against the reference (by rubric, else by score; a tie is half a win), rubric, score,
-    KL to SFT (nats per response), length (tokens, EOS included), share of responses that ended with EOS.
+    -> samples (a dict a row) and their means: win rate against the reference (by rubric, else by score; a tie is half a
+    win), rubric, score, KL to SFT (nats per response), length (tokens, EOS included), share that ended with EOS.
     """
     size, eos, temperature = args.micro_batch_size, torch.tensor(end_ids(tokenizer), device=device), args.temperature
     prompts = pad([row["prompt_ids"] for row in rows], "left", device)  # ids (B, P), mask (B, P)
@@ -245,23 +254,25 @@ def evaluate(policy, rows, ref_policy, reward_model, tokenizer, args, device):
     response_ids = rollout(eos=eos, temperature=temperature)  # (B, R)
     mask, ended = mask_to_eos(response_ids, eos), torch.isin(response_ids, eos).any(1)
     batch, lengths = (*prompts, response_ids, mask), prompts[1].sum(1) + mask.sum(1)
-    scores = in_chunks(sequence_scores, reward_model, size, *batch, lengths=lengths)
+    scores = score_responses(reward, rows, batch, tokenizer, size)
     scores = torch.where(ended, scores, args.missing_eos_score)
     logprobs, ref_logprobs = (
         in_chunks(token_logprobs, model, size, *batch, mask, lengths=lengths, temperature=temperature)
         for model in (policy, ref_policy)
     )
     texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(response_ids, mask)]
-    means = {"score": scores, "kl": (logprobs - ref_logprobs).sum(1), "length": mask.sum(1), "eos": ended}
+    found = {"score": scores, "kl": (logprobs - ref_logprobs).sum(1), "length": mask.sum(1), "eos": ended}
     if "rubric" in rows[0]:
         quality = torch.tensor([rubric_score(text, row["rubric"]) for text, row in zip(texts, rows)])
         target = torch.tensor([rubric_score(row["completion"], row["rubric"]) for row in rows])
-        means = {"rubric": quality} | means
+        found = {"rubric": quality} | found
     else:
-        lengths = prompts[1].sum(1) + offline[1].sum(1)
-        quality, target = scores, in_chunks(sequence_scores, reward_model, size, *prompts, *offline, lengths=lengths)
-    means = {"win_rate": 0.5 + 0.5 * (quality - target).sign()} | means
-    return texts, {name: value.float().mean().item() for name, value in means.items()}
+        quality, target = scores, score_responses(reward, rows, (*prompts, *offline), tokenizer, size)
+    found = {"win_rate": 0.5 + 0.5 * (quality - target).sign()} | found
+    found = {name: value.float().cpu() for name, value in found.items()}  # each (B,)
+    samples = [{"prompt": row["prompt"], "response": text} for row, text in zip(rows, texts)]
+    samples = [sample | {name: x[i].item() for name, x in found.items()} for i, sample in enumerate(samples)]
+    return samples, {name: x.mean().item() for name, x in found.items()}
 
 
 if __name__ == "__main__":
@@ -277,33 +288,40 @@ if __name__ == "__main__":
     # data
     names = (args.train_split, args.validation_split, args.eval_split)
     columns = ("prompt", "completion", args.reset_column)  # new in DR-PO: the column to reset into
-    splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path)
+    splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path, args.max_rows)
     build_missing((args.sft_path, Args.sft_path, "sft.py"), (args.reward_path, Args.reward_path, "reward_model.py"))
     tokenizer = load(AutoTokenizer, args.sft_path)
     for rows in splits.values():
         # new in DR-PO: the response that resets go into, which need not be the reference
         encode_rows(rows, tokenizer, args, offline_ids="completion", reset_ids=args.reset_column)
-    train, validation, held_out = (splits[name] for name in names)
+    train, watched, held_out = splits[names[0]], *(splits[name][: args.eval_rows] for name in names[1:])
     epochs = range(-(-args.total_episodes // len(train)))  # each a new shuffle of the train split
     order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
 
     # models; they come without dropout, or the ratios of the first epoch would not be 1 (N+ detail 7)
     causal, scalar = AutoModelForCausalLM, AutoModelForSequenceClassification
     policy, ref_policy = (load_model(causal, args.sft_path, tokenizer, args, device) for _ in range(2))
-    critic, reward_model = (load_model(scalar, args.reward_path, tokenizer, args, device) for _ in range(2))
+    rule = args.reward_path.endswith(".py")  # then the critic starts from the policy's body, with values of 0
+    reward = load_reward(args.reward_path) if rule else load_model(scalar, args.reward_path, tokenizer, args, device)
+    critic = load_model(scalar, args.sft_path if rule else args.reward_path, tokenizer, args, device, num_labels=1)
+    if rule:
+        fill(critic.score.weight, torch.zeros_like(critic.score.weight))
     trained = make_trainable(policy, ref_policy, args)
-    make_trainable(critic, reward_model, args)  # differs from official code: LoRA freezes the value head there
+    make_trainable(critic, critic if rule else reward, args)  # differs from official code: LoRA freezes the head
     parameters = trainable(policy=policy, critic=critic)
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
 
     size, eos, temperature = args.micro_batch_size, torch.tensor(end_ids(tokenizer), device=device), args.temperature
     rollout = partial(in_chunks, generate, policy, 4 * size, eos=eos, temperature=temperature)  # more rows cost little
-    frozen = {"ref_policy": ref_policy, "reward_model": reward_model, "tokenizer": tokenizer}
+    frozen = {"ref_policy": ref_policy, "reward": reward, "tokenizer": tokenizer}
     measure = partial(evaluate, **frozen, args=args, device=device)
-    watched, num_updates = validation[: args.eval_rows], whole_batches(args.total_episodes, args.batch_size)
+    num_updates = whole_batches(args.total_episodes, args.batch_size)
 
     run.open(parameters, optimizer)  # with --resume, where the last checkpoint was
-    run.history = run.history or [{"episodes": 0} | measure(policy, watched)[1]]
+    if not run.history:
+        samples, point = measure(policy, watched)
+        run.history.append({"episodes": 0} | point)
+        run.sample(samples[:3])
     for update in run.updates(num_updates):
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (update - 1) / num_updates)
 
@@ -332,7 +350,7 @@ if __name__ == "__main__":
         # 3 score; log-probs and values under the models as they are before the update
         batch = (*prompts, response_ids, response_mask)
         lengths = prompts[1].sum(1) + response_mask.sum(1)  # (B,); rows of like length share a micro-batch
-        scores = in_chunks(sequence_scores, reward_model, size, *batch, lengths=lengths)  # (B,)
+        scores = score_responses(reward, rows, batch, tokenizer, size)  # (B,)
         ended = torch.isin(response_ids, eos).any(1)  # differs from official code (drpo.py:803): in any column
         scores = torch.where(ended, scores, args.missing_eos_score)  # N+ detail 23
         logprobs, ref_logprobs = (
@@ -372,7 +390,7 @@ if __name__ == "__main__":
                 sums.update({name: term.item() for name, term in terms.items()})
             sum_over_processes(sums, parameters)
             norm = gradient_norm(parameters)
-            sums["policy/grad_norm"] = norm.item()
+            sums["grad_norm"] = norm.item()
             run.check_finite(picked[minibatch.cpu()], **sums)
             # differs from official code: the gradient is clipped, and AdamW decays no weights
             torch.nn.utils.clip_grads_with_norm_(parameters.values(), args.max_grad_norm, norm)
@@ -397,19 +415,19 @@ if __name__ == "__main__":
         }
         metrics |= {name: float(np.mean([sums[name] for sums in stats])) for name in stats[0]}
         if update % args.eval_every == 0 or update == num_updates:
-            point = measure(policy, watched)[1]
+            samples, point = measure(policy, watched)
             run.history.append({"episodes": update * args.batch_size} | point)
+            run.sample(samples[:3])
             metrics |= {f"eval/{name}": value for name, value in point.items()}
-        win_rate = run.history[-1]["win_rate"]
-        run.log(metrics, score=metrics["objective/score"], kl=metrics["objective/kl"], win=win_rate)
+        run.log(metrics, score=metrics["objective/score"], kl=metrics["objective/kl"], eos=metrics["response/eos"])
 
     # 7 save, evaluate on held-out prompts, show
     save_model(args.output_dir, merge(trained), tokenizer)
-    sft_texts, sft_result = measure(ref_policy, held_out)
-    texts, result = measure(policy, held_out)
+    before, sft_result = measure(ref_policy, held_out)
+    after, result = measure(policy, held_out)
     samples = [
-        f"\n{row['prompt']}\n  reference:{row['completion']}\n  SFT:      {sft_text}\n  tuned:    {text}"
-        for row, sft_text, text in list(zip(held_out, sft_texts, texts))[:3]
+        f"\n{row['prompt']}\n  reference:{row['completion']}\n  SFT:      {x['response']}\n  tuned:    {y['response']}"
+        for row, x, y in list(zip(held_out, before, after))[:3]
     ]
     # new in DR-PO: from a reset, [dataset prefix] in brackets, then the policy's own tokens
     shown, rng = held_out[:3], np.random.default_rng([args.seed, RESETS])

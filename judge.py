@@ -349,7 +349,9 @@ if __name__ == "__main__":
 
     # data
     columns = ("prompt", "completion")
-    rows = load_rows(args.dataset, args.dataset_config, (args.split,), columns, args.sft_path)[args.split]
+    rows = load_rows(args.dataset, args.dataset_config, (args.split,), columns, args.sft_path, args.max_rows)[
+        args.split
+    ]
     if not 0 <= args.num_prompts <= len(rows):
         fail(f"--num-prompts {args.num_prompts}: the split {args.split!r} has {len(rows)} rows")
     picked = np.random.default_rng([args.seed, PROMPTS]).choice(len(rows), args.num_prompts or len(rows), False)

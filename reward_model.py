@@ -45,15 +45,18 @@ class Args:
     """hub name, folder or .jsonl/.parquet file with `prompt`, `chosen` and `rejected` (and `rubric`, for the table by margin)"""
     train_split: str = "train"
     """split to train on"""
+    validation_split: str = "validation"
+    """split to watch in training"""
     reference_dataset: str = ""
-    """dataset with `prompt` and `completion`, whose scores are centred to average 0; empty: the chosen answers of --dataset,
-    or data/tldr_mini/reference where that is the embedded task's"""
+    """dataset whose completions score 0 on average; empty: the chosen answers, or the embedded task's references"""
     sft_path: str = "models/sft"
     """folder or hub name of the supervised policy (pi_SFT) to start from; the default is trained if missing"""
     output_dir: str = "models/reward"
     """folder for the final model; a folder already there is kept under a numbered name"""
     eval_split: str = "test"
     """split for the final table"""
+    eval_rows: int = 400
+    """most rows of a split to evaluate on"""
     num_epochs: int = 2
     """passes over the train split; 1 in the paper, whose models are pretrained"""
     batch_size: int = 16
@@ -66,8 +69,8 @@ class Args:
     """the gradient is scaled down to this norm"""
     prompt_length: int = 128
     """most prompt tokens; longer prompts are cut from the left"""
-    response_length: int = 40
-    """most response tokens, EOS included; longer than the policies' so that rambling pairs are seen whole"""
+    response_length: int = 32
+    """most response tokens, EOS included"""
 
 
 # scores
@@ -144,18 +147,18 @@ if __name__ == "__main__":
     DATA = 1  # stream: a draw is fixed by seed, stream and epoch
 
     # data
-    names, columns = (args.train_split, args.eval_split), ("prompt", "chosen", "rejected")
-    splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path)
+    names, columns = (args.train_split, args.validation_split, args.eval_split), ("prompt", "chosen", "rejected")
+    splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path, args.max_rows)
     own = "data/tldr_mini/reference" if args.dataset == Args.dataset else args.dataset
     source, columns = args.reference_dataset or own, ("prompt", "completion")  # of pairs, the chosen answers
     config = args.dataset_config if source == args.dataset else ""
-    references = load_rows(source, config, names[:1], columns, args.sft_path)[args.train_split][:1000]
+    references = load_rows(source, config, names[:1], columns, args.sft_path, 1000)[args.train_split]
     build_missing((args.sft_path, Args.sft_path, "sft.py"))
     tokenizer = load(AutoTokenizer, args.sft_path)
     for rows in splits.values():
         encode_rows(rows, tokenizer, args, chosen_ids="chosen", rejected_ids="rejected")
     encode_rows(references, tokenizer, args, response_ids="completion")
-    train, held_out = (splits[name] for name in names)
+    train, validation, held_out = splits[names[0]], *(splits[name][: args.eval_rows] for name in names[1:])
     num_updates = whole_batches(args.num_epochs * len(train), args.batch_size)
     epochs = range(args.num_epochs)  # each a new shuffle of the train split
     order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
@@ -170,13 +173,25 @@ if __name__ == "__main__":
     parameters = trainable(reward_model=model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     size, scores_of = args.micro_batch_size, partial(pair_scores, share=can_share(model, args))
+    eval_every = max(1, len(train) // args.batch_size)
 
     def tensors_of(rows):
         """Prompt ids, mask (B, P) and ids, mask (B, 2, R) of chosen and rejected, padded to the longest."""
         pairs = pad([row[name] for row in rows for name in ("chosen_ids", "rejected_ids")], "right", device)
         return *pad([row["prompt_ids"] for row in rows], "left", device), *(x.unflatten(0, (-1, 2)) for x in pairs)
 
+    def measured(rows):
+        """Scores (rows, 2) of chosen and rejected; which pairs are right (rows,), half where they tie."""
+        batch = tensors_of(rows)
+        scores = in_chunks(scores_of, model, size, *batch, lengths=batch[1].sum(1) + batch[3].sum((1, 2)))
+        return scores, 0.5 + 0.5 * (scores[:, 0] - scores[:, 1]).sign()
+
+    def validation_means():
+        scores, correct = measured(validation)
+        return {"loss": preference_loss(*scores.unbind(1)).mean().item(), "accuracy": correct.mean().item()}
+
     run.open(parameters, optimizer)  # with --resume, where the last checkpoint was
+    run.history = run.history or [{"epoch": 0.0} | validation_means()]
     for update in run.updates(num_updates):
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (update - 1) / num_updates)
 
@@ -204,10 +219,14 @@ if __name__ == "__main__":
         optimizer.zero_grad()
         run.lap("update")
 
-        # 3 log
+        # 3 log; once an epoch loss and accuracy on the validation split, without the penalty
         epoch = update * args.batch_size / len(train)
         metrics = {"epoch": epoch, **sums, "learning_rate": optimizer.param_groups[0]["lr"]}
-        run.log(metrics, loss=sums["loss"], accuracy=sums["accuracy"])
+        if update == num_updates or update % eval_every == 0:
+            point = validation_means()
+            run.history.append({"epoch": epoch} | point)
+            metrics |= {f"eval/{name}": value for name, value in point.items()}
+        run.log(metrics, loss=sums["loss"], accuracy=sums["accuracy"], validation=run.history[-1]["accuracy"])
 
     # 4 centre the scores of what is saved so that the references average 0 (N+ detail 15)
     # differs from official code (rm.py:587): read at the real EOS, not at a padding position
@@ -219,9 +238,7 @@ if __name__ == "__main__":
     save_model(args.output_dir, trained, tokenizer)
 
     # 5 accuracy on held-out pairs
-    batch = tensors_of(held_out)
-    scores = in_chunks(scores_of, model, size, *batch, lengths=batch[1].sum(1) + batch[3].sum((1, 2)))
-    correct = (0.5 + 0.5 * (scores[:, 0] - scores[:, 1]).sign()).cpu().numpy()  # a tie counts half
+    correct = measured(held_out)[1].cpu().numpy()
     result = {"all": {"pairs": len(held_out), "accuracy": float(correct.mean())}}
     if "rubric" in held_out[0]:
         quality = [[rubric_score(row[name], row["rubric"]) for row in held_out] for name in ("chosen", "rejected")]

@@ -43,6 +43,8 @@ class Args:
     """split to train on"""
     validation_split: str = "validation"
     """split to watch in training"""
+    eval_rows: int = 400
+    """most rows of a split to evaluate on"""
     base_model: str = "data/tiny_pythia"
     """folder or hub name of the model to start from; a folder without weights is initialised from its config"""
     output_dir: str = "models/sft"
@@ -133,11 +135,11 @@ if __name__ == "__main__":
 
     # data
     names, columns = (args.train_split, args.validation_split), ("prompt", "completion")
-    splits = load_rows(args.dataset, args.dataset_config, names, columns, args.base_model)
+    splits = load_rows(args.dataset, args.dataset_config, names, columns, args.base_model, args.max_rows)
     tokenizer = load(AutoTokenizer, args.base_model)
     for rows in splits.values():
         encode_rows(rows, tokenizer, args, response_ids="completion")
-    train, validation = (splits[name] for name in names)
+    train, validation = splits[names[0]], splits[names[1]][: args.eval_rows]
     num_updates = whole_batches(args.num_epochs * len(train), args.batch_size)
     epochs = range(args.num_epochs)  # each a new shuffle of the train split
     order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
@@ -165,6 +167,7 @@ if __name__ == "__main__":
         return (-logprobs.sum() / batch[-1].sum()).item()
 
     run.open(parameters, optimizer)  # with --resume, where the last checkpoint was
+    run.history = run.history or [{"epoch": 0.0, "loss": validation_loss()}]
     for update in run.updates(num_updates):
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (update - 1) / num_updates)
 
@@ -181,7 +184,7 @@ if __name__ == "__main__":
         # 2 step
         sum_over_processes(sums, parameters)
         norm = gradient_norm(parameters)
-        sums["policy/grad_norm"] = norm.item()
+        sums["grad_norm"] = norm.item()
         run.check_finite(picked, **sums)
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), args.max_grad_norm, norm)
         optimizer.step()
@@ -194,7 +197,7 @@ if __name__ == "__main__":
         if update == num_updates or update % eval_every == 0:
             metrics["eval/loss"] = validation_loss()
             run.history.append({"epoch": epoch, "loss": metrics["eval/loss"]})
-        run.log(metrics, loss=sums["loss"], validation=run.history[-1]["loss"] if run.history else np.nan)
+        run.log(metrics, loss=sums["loss"], validation=run.history[-1]["loss"])
 
     # 4 save, show the loss and samples of what was saved
     save_model(args.output_dir, merge(trained), tokenizer)

@@ -81,7 +81,7 @@ class Start:
         self.args = READ_ARGS(*args, **kwargs)
         return self.args
 
-    def load_rows(self, dataset, config, splits, columns, tokenizer_path):
+    def load_rows(self, dataset, config, splits, columns, tokenizer_path, limit=0):
         """The first rows, again and again until they fill a batch, which scripts insist on, or the judge's prompts."""
         found = LOAD_ROWS(dataset, config, splits, columns, self.known(tokenizer_path)["base"], limit=NUM_ROWS)
         needed = max(NUM_ROWS, getattr(self.args, "batch_size", 0), getattr(self.args, "num_prompts", 0))

@@ -34,7 +34,7 @@ fi
 step sft.py "${train[@]}" --validation-split test --base-model "$base" --output-dir "$models/sft" --run-name hh_sft \
   --num-epochs 1 --batch-size 64
 # reward model: 18 GiB
-step reward_model.py "${train[@]}" --reference-dataset "$data" --sft-path "$models/sft" --output-dir "$models/reward" \
+step reward_model.py "${train[@]}" --validation-split test --reference-dataset "$data" --sft-path "$models/sft" --output-dir "$models/reward" \
   --run-name hh_reward --num-epochs 1 --batch-size 64 --center-coef 0
 # DPO: 20 GiB
 step dpo.py "${train[@]}" --validation-split test --sft-path "$models/sft" --output-dir "$models/dpo" --run-name hh_dpo \

@@ -12,7 +12,7 @@ lengths="--prompt-length 192 --response-length 64"
 python data/tiny_pythia/build.py --out $models/base --dataset "$data" --vocab-size 4096 --width 192 --layers 4
 python sft.py --dataset "$data" $splits --validation-split test --base-model $models/base --output-dir $models/sft \
   --run-name hh_sft --num-epochs 2 --learning-rate 1e-3 $lengths
-python reward_model.py --dataset "$data" $splits --reference-dataset "$data" --sft-path $models/sft \
+python reward_model.py --dataset "$data" $splits --validation-split test --reference-dataset "$data" --sft-path $models/sft \
   --output-dir $models/reward --run-name hh_reward --num-epochs 1 --learning-rate 3e-4 $lengths
 python dpo.py --dataset "$data" $splits --validation-split test --sft-path $models/sft \
   --output-dir $models/dpo --run-name hh_dpo --batch-size 32 $lengths

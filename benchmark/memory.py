@@ -126,6 +126,6 @@ if __name__ == "__main__":
             out = ["--run-name", run_name, "--output-dir", f"out_{number}"]
             peak = run([script, *flags, *more, *out], folder)
             with open(os.path.join(folder, "runs", run_name, "metrics.jsonl")) as file:
-                metrics = json.loads(file.readline())
+                metrics = json.loads(file.readlines()[-1])
             seconds = sum(value for key, value in metrics.items() if key in STAGES)
             print(f"| {name} | {expected:.2f} | {peak:.2f} | {seconds:.1f} |", flush=True)

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHOWN = ("objective/score", "objective/kl", "loss/policy", "loss/value", "policy/grad_norm", "response/length")
+SHOWN = ("objective/score", "objective/kl", "loss/policy", "loss/value", "grad_norm", "response/length")
 
 
 def run(script, shard, processes, updates, sft, reward):
@@ -36,7 +36,8 @@ def run(script, shard, processes, updates, sft, reward):
         )
         if done.returncode != 0:
             sys.exit(done.stderr[-2000:])
-        return [json.loads(line) for line in (Path(folder) / "runs/run/metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (Path(folder) / "runs/run/metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if line["update"] > 0]
 
 
 if __name__ == "__main__":

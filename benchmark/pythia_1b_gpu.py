@@ -120,7 +120,7 @@ if __name__ == "__main__":
             runpy.run_path(os.path.join(ROOT, "drpo.py"), run_name="__main__")
         os.chdir(ROOT)
         with open(os.path.join(folder, "runs/gpu/metrics.jsonl")) as file:
-            metrics = [json.loads(line) for line in file]
+            metrics = [line for line in map(json.loads, file) if line["update"] > 0]
 
     print(
         f"\n{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU: no peaks of memory'}, torch {torch.__version__}"

@@ -52,18 +52,20 @@ def finish(process, folder, name, code=0):
 def stop_in_the_middle(process, folder, name):
     """SIGTERM after the second update; the process must end with a checkpoint, before its last."""
     metrics = folder / f"runs/{name}/metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+    while process.poll() is None and not (metrics.exists() and '"update": 2' in metrics.read_text()):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     finish(process, folder, name, code=1)
-    if not metrics.read_text().count("\n") < RL_UPDATES:
+    if f'"update": {RL_UPDATES}' in metrics.read_text():
         sys.exit(f"{name} was over before it could be stopped")
 
 
 def read_numbers(run):
     """One dict an update, without times."""
     lines = [json.loads(line) for line in (run.parent / "runs" / run.name / "metrics.jsonl").read_text().splitlines()]
-    return [{key: x for key, x in line.items() if not key.startswith("time/")} for line in lines]
+    lines = [line for line in lines if line["update"] > 0]  # an earlier commit may lack the line before the first
+    renamed = {"policy/grad_norm": "grad_norm"}
+    return [{renamed.get(key, key): x for key, x in line.items() if not key.startswith("time/")} for line in lines]
 
 
 def relative(a, b):

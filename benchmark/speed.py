@@ -149,6 +149,7 @@ def ours(job, folder, updates, *flags, root=ROOT, **environment):
     script = [*(("-c", WITH_CLOCK) if clock else ()), root / f"{job}.py", "--sft-path", folder / "sft"]
     out, peak = measure([sys.executable, *script, *common, *flags], folder, **environment)
     lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["update"] > 0]
     found = {stage: statistics.median(line[f"time/{stage}"] for line in lines[1:]) for stage in STAGES[job]}
     if job == "dpo":
         seconds = re.search("log-probs, train (.+)", out)[1] if clock else lines[0]["time/reference"]

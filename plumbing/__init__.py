@@ -10,6 +10,7 @@ the default of a coefficient belong in the script. No file here imports a script
     tokens.py     text -> token ids, padding
     models.py     loading and checking, LoRA, recomputation, saving
     logits.py     output heads, log-probs in little memory
+    rewards.py    a Python file of the user's as the reward
     processes.py  torchrun: rows dealt out, results put together, gradients added up; micro-batches
     sharding.py   --shard: every model split over the processes
     runs.py       runs/NAME: arguments, metrics, checkpoints, signals, progress, results, picture

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass, fields, make_dataclass
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Literal, get_args
 
@@ -15,7 +16,7 @@ from plumbing import fail, steady_streams
 
 # what --resume may change: the numbers stay the same, up to rounding
 FREE = {"save_every", "keep_checkpoints", "output_dir", "process_timeout", "micro_batch_size", "gradient_checkpointing"}
-FREE |= {"shard", "resume"}
+FREE |= {"shard", "resume", "track"}
 MAY_GROW = {"total_episodes", "num_epochs"}
 
 
@@ -27,6 +28,8 @@ class MachineArgs:
     """folder under runs/ for metrics, arguments, results and the picture; empty: script, seed and time"""
     dataset_config: str = ""
     """configuration of a hub dataset, such as 3.0.0 of cnn_dailymail"""
+    max_rows: int = 0
+    """most rows to read of every split; 0: all"""
     micro_batch_size: int = 64
     """rows per forward and backward pass; lower it to save memory, results agree to rounding"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -55,6 +58,8 @@ class RunArgs(MachineArgs):
     """adapters are scaled by this over the rank (alpha; 2048 in the paper)"""
     lora_target: str = "all-linear"
     """layers with adapters: all-linear, or names such as query_key_value,dense"""
+    track: bool = False
+    """log to Weights & Biases too (pip install wandb; without network: WANDB_MODE=offline)"""
 
 
 def parse(Args, common, saved):
@@ -83,7 +88,7 @@ def read_args(Args, may_be_0="", trains=True):
             fail(f"{flag(name)} {value!r} must be a plain name: no slash, no dot in front, no space around it")
     if getattr(args, "resume", ""):
         args = resumed(Args, common, args)
-    may_be_0 = {"seed", "lora_rank", *may_be_0.split()}
+    may_be_0 = {"seed", "lora_rank", "max_rows", *may_be_0.split()}
     for name, value in vars(args).items():
         if type(value) in (int, float):
             if name != "missing_eos_score" and not (value > 0 or (value == 0 and name in may_be_0)):
@@ -92,6 +97,8 @@ def read_args(Args, may_be_0="", trains=True):
                 fail(f"{flag(name)} {value} must be finite, a whole number below 2**63")
     if trains and args.shard and ("RANK" not in os.environ or args.lora_rank):
         fail("--shard runs under torchrun (torchrun --nproc-per-node N SCRIPT --shard ...) and without --lora-rank")
+    if trains and args.track and not find_spec("wandb"):
+        fail("--track needs wandb: pip install wandb")
     return args
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, DynamicCache
 from plumbing import ROOT, fail, find, inputs, new_folder, writing
 from plumbing.logits import output_head
 from plumbing.processes import barrier, rank
+from plumbing.rewards import load_reward
 from plumbing.sharding import decoder_layers, is_sharded, shard, whole
 from plumbing.tokens import end_ids
 
@@ -56,6 +57,7 @@ def load_model(auto_class, path, tokenizer, args, device, may_be_empty=False, **
     check_weights(model, path, info, new_head="num_labels" in config)
     if rank() == 0 and path not in inputs:
         inputs[path] = content_id(path)
+        print(f"{path}: {model.num_parameters():,} weights")
     model.get_input_embeddings().padding_idx = None  # what is padding elsewhere may be a token here, which is trained
     if hasattr(model, "score"):
         model.score.__class__ = Float32Head
@@ -158,7 +160,9 @@ def build_missing(*wanted):
     """Checks every checkpoint (path, default path, script) that the user named, then trains the missing defaults."""
     for path, default, script in sorted(wanted, key=lambda item: item[0] == item[1]):
         is_there = partial(os.path.exists, os.path.join(path, "config.json"))
-        if path != default:
+        if path.endswith(".py"):
+            load_reward(path)
+        elif path != default:
             load(AutoTokenizer, path)
         elif not is_there() and os.environ.get("RANK", "0") == "0":
             with writing(f"the folder {path}"):
@@ -186,6 +190,10 @@ def make_trainable(model, frozen, args):
 
     Under the adapters, at first without effect, lie the weights of `frozen`, stored once. The head `score` is trained too.
     """
+    words = " ".join(sys.argv).replace("_", "-")
+    if model.num_parameters() > 10**7 and not (args.resume or "--learning-rate" in words):
+        usual = "pretrained ones take about 1e-5, with --lora-rank about 1e-4"
+        fail(f"--learning-rate must be given: {args.learning_rate} is for tiny models of the embedded task, {usual}")
     if args.gradient_checkpointing:
         for layer in decoder_layers(model):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -8,6 +8,7 @@ The tests run every training script in that form and compare each number it logs
 import json
 import operator
 import os
+import runpy
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -20,11 +21,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def read_args(Args, may_be_0="", trains=True):
-    others = {"dataset_config": "", "micro_batch_size": 64, "gradient_checkpointing": False, "dtype": "float32"}
-    return SimpleNamespace(**vars(tyro.cli(Args)), **others)
+    others = {"dataset_config": "", "max_rows": 0, "micro_batch_size": 64, "gradient_checkpointing": False}
+    return SimpleNamespace(**vars(tyro.cli(Args)), **others, dtype="float32")
 
 
-def load_rows(dataset, config, splits, columns, tokenizer_path):
+def load_rows(dataset, config, splits, columns, tokenizer_path, limit):
     return {split: [json.loads(line) for line in open(os.path.join(dataset, f"{split}.jsonl"))] for split in splits}
 
 
@@ -64,10 +65,16 @@ sum_over_processes = nothing
 go_on_alone = nothing
 fail = sys.exit
 content_id = str
+fill = torch.no_grad()(torch.Tensor.copy_)
 
 
 def load(auto_class, path):
     return auto_class.from_pretrained(path)
+
+
+def load_reward(path):
+    score = runpy.run_path(path)["score"]
+    return lambda rows, texts: [score(row["prompt"], text, row) for row, text in zip(rows, texts)]
 
 
 def load_model(auto_class, path, tokenizer, args, device, may_be_empty=False, **config):
@@ -124,11 +131,6 @@ def gradient_norm(parameters):
     return torch.stack([p.grad.pow(2).sum() for p in parameters.values() if p.grad is not None]).sum().sqrt()
 
 
-@torch.no_grad()
-def fill(parameter, tensor):
-    parameter.copy_(tensor)
-
-
 def cached(path, make):
     return make()
 
@@ -143,7 +145,7 @@ class Run:
     def __init__(self, args):
         self.dir, self.history, self.state = "runs", [], {}
 
-    open = lap = check_finite = nothing
+    open = lap = check_finite = sample = nothing
 
     def updates(self, count):
         for self.update in range(1, count + 1):

@@ -75,7 +75,8 @@ def in_chunks(function, model, size, *tensors, lengths, **kwargs):
     for length in reversed(lengths if isinstance(lengths, tuple) else (lengths,)):
         order = order[length[order].argsort(stable=True)]
     mine = order.repeat(world())[: -(-len(order) // world()) * world()][rank() :: world()]  # equally many for each
-    found = torch.cat([function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in mine.split(size)])
+    parts = tqdm(mine.split(size), desc="rows", leave=False, delay=3, disable=rank() > 0)  # shown after 3 seconds
+    found = torch.cat([function(model, *(tensor[rows] for tensor in tensors), **kwargs) for rows in parts])
     if world() > 1:
         parts = [torch.empty_like(found) for _ in range(world())]
         dist.all_gather(parts, found.contiguous())

@@ -1,28 +1,31 @@
 """A run's folder runs/NAME, and what a run needs to survive its process.
 
-args.json, metrics.jsonl (one line an update), result.json, run.png and checkpoint_<update>_<sha256>.pt, which is written under
-a temporary name and renamed. No random generator is saved: every draw of a script is fixed by seed and update.
+args.json, metrics.jsonl (one line an update), samples.jsonl, TensorBoard events, result.json, run.png, and checkpoints
+checkpoint_<update>_<sha256>.pt. No random generator is saved: every draw of a script is fixed by seed and update.
 """
 
 import hashlib
 import json
-import math
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 import uuid
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from filelock import FileLock
+from huggingface_hub import ModelCardData
 from tqdm import tqdm
 
 from plumbing import ROOT, fail, find, inputs, try_folder, write_text, writing
 from plumbing.flags import flag
-from plumbing.processes import barrier, rank, sum_over_processes
+from plumbing.processes import barrier, rank, sum_over_processes, world
 from plumbing.sharding import fill, split_like, whole
 
 
@@ -39,8 +42,8 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(name)  # it may hold the time
         self.args, self.script, self.name = args, script, name[0]
-        self.dir, self.id = Path("runs", self.name), uuid.uuid4().hex
-        self.done, self.history, self.state = 0, [], {}
+        self.dir, self.id, self.board, self.wandb = Path("runs", self.name), uuid.uuid4().hex, None, None
+        self.done, self.update, self.history, self.state, self.laps = 0, 0, [], {}, {}
         inputs.clear()
         if rank() == 0:
             self.check_folders()
@@ -72,9 +75,11 @@ class Run:
         for path in self.checkpoints()[-1:]:
             self.restore(torch.load(path, map_location="cpu", weights_only=True, mmap=self.args.shard))
         if rank() == 0:
-            with open(self.dir / "metrics.jsonl", "ab+") as file:  # lines after the checkpoint will come again
-                file.seek(0)
-                file.truncate(sum(map(len, file.readlines()[: self.done])))
+            for path in self.dir.glob("*.jsonl"):  # lines after the checkpoint will come again
+                with open(path, "rb+") as file:
+                    numbers = [(len(line), re.match(rb'{"update": (\d+), ', line)) for line in file]
+                    file.truncate(sum(size for size, found in numbers if found and int(found[1]) <= self.done > 0))
+            self.start_trackers()
 
     def claim(self):
         """Takes the name for this process, as long as it lives; the id is in args.json and in every checkpoint of the run."""
@@ -86,6 +91,17 @@ class Run:
                 self.id = json.loads((self.dir / "args.json").read_text()).get("id")  # older runs have none
             arguments = {"script": self.script, "id": self.id} | vars(self.args)
             write_text(self.dir / "args.json", json.dumps(arguments, indent=2))
+
+    def start_trackers(self):
+        """TensorBoard where it is installed, Weights & Biases where it is asked for; both get the arguments."""
+        with suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter  # here, because it takes a second
+
+            self.board = SummaryWriter(self.dir, purge_step=self.done + 1)
+            self.board.add_text("arguments", "\n".join(f"    {flag(name)} {x}" for name, x in vars(self.args).items()))
+        if self.args.track:
+            same = {"id": self.id, "name": self.name, "resume": "allow", "dir": self.dir}
+            self.wandb = import_module("wandb").init(project="drpo", config=vars(self.args), **same)
 
     def keep(self, files):
         """Texts for the folder, name -> text; a script without updates takes the folder with them."""
@@ -149,7 +165,7 @@ class Run:
     # the loop
     def updates(self, count):
         """The numbers of the updates still to do. After each: a checkpoint where one is due, the end where a signal came."""
-        signals, numbers = [], (signal.SIGINT, signal.SIGTERM)
+        signals, numbers, parameters = [], (signal.SIGINT, signal.SIGTERM), self.parameters
 
         def receive(number, _):
             signals.append(number)
@@ -159,12 +175,16 @@ class Run:
 
         for number in numbers:
             signal.signal(number, receive)
+        size, where = sum(p.numel() for p in parameters.values()), next(iter(parameters.values())).device
+        print(
+            f"{self.dir}: {count} updates of {self.args.batch_size}, {size:,} weights to train on {where} x {world()}"
+        )
+        if self.history and self.done == 0:  # what the untouched model does
+            x, *names = self.history[0]
+            self.log({x: 0} | {f"eval/{name}": self.history[0][name] for name in names})
         left = range(self.done + 1, count + 1)
         self.progress = tqdm(left, initial=self.done, total=count, unit="update", disable=rank() > 0)
         for update in self.progress:
-            bad = [name for name, x in (self.history or [{}])[-1].items() if not math.isfinite(x)]
-            if bad:
-                fail(f"update {update}: not finite in the evaluation before it: {', '.join(bad)}")
             self.update, self.laps, self.clock = update, {}, time.perf_counter()
             yield update
             sum_over_processes(stop := {"signals": len(signals)}, {})
@@ -193,31 +213,67 @@ class Run:
         found |= {f"gradient of {name}": p.grad for name, p in self.parameters.items() if p.grad is not None}
         names = [name for name, value in found.items() if not torch.as_tensor(value).isfinite().all()]
         rows = ", ".join(map(str, sorted(rows.tolist())[:5])) + f" and {len(rows) - 5} more" * (len(rows) > 5)
-        fail(f"update {self.update}: not finite: {', '.join(names[:5])}; rows {rows} of --train-split")
+        rows = f"; rows {rows} of --train-split" * bool(rows)
+        fail(f"update {self.update}: not finite: {', '.join(names[:5])}{rows}")
 
     def log(self, metrics, **shown):
         """One line of metrics.jsonl; `shown` stands beside the progress bar."""
-        metrics = {"update": self.update} | metrics | self.laps
-        metrics = {name: x.item() if torch.is_tensor(x) else x for name, x in metrics.items()}
-        self.progress.set_postfix({name: float(x) for name, x in shown.items()})
+        metrics = {name: x.item() if torch.is_tensor(x) else x for name, x in (metrics | self.laps).items()}
+        self.check_finite(torch.empty(0), **metrics)
+        if shown:
+            self.progress.set_postfix({name: float(x) for name, x in shown.items()})
+        self.append("metrics.jsonl", metrics)
+        for name, x in metrics.items() if self.board else ():
+            self.board.add_scalar(name, x, self.update)
+        if self.wandb:
+            self.wandb.log(metrics, step=self.update)
+
+    def sample(self, samples):
+        """Texts with their numbers, lines of samples.jsonl."""
+        for number, sample in enumerate(samples):
+            self.append("samples.jsonl", sample)
+            if self.board:
+                self.board.add_text(f"sample {number}", json.dumps(sample, indent=2, ensure_ascii=False), self.update)
+
+    def append(self, name, line):
+        path = self.dir / name
         if rank() == 0:
-            path = self.dir / "metrics.jsonl"
-            with writing(path), open(path, "a") as file:
-                file.write(json.dumps(metrics) + "\n")
+            with writing(path), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"update": self.update} | line, ensure_ascii=False) + "\n")
 
     def finish(self, results, caption, samples=()):
         """result.json; a picture of the history, if there is any; then the samples, the results as a table."""
+        from pandas import DataFrame  # comes with datasets; here, because it takes half a second
+
+        table = DataFrame.from_dict(results, orient="index").rename_axis(columns=caption)
+        table = table.to_string(float_format="{:.3f}".format)
         if rank() == 0:
             self.keep({"result.json": json.dumps(results, indent=2)})
             if self.history:
                 plot(self.history, self.dir / "run.png")
+            self.write_card(table)
+            if self.board:
+                self.board.close()
+            if self.wandb:
+                self.wandb.finish()
             self.lock.release()  # in a notebook the process lives on
         barrier(last=True)
-        from pandas import DataFrame  # comes with datasets; here, because it takes half a second
-
-        table = DataFrame.from_dict(results, orient="index").rename_axis(columns=caption)
-        print(*samples, "", table.to_string(float_format="{:.3f}".format), "", sep="\n")
+        print(*samples, "", table, "", sep="\n")
         print(f"final model: {self.args.output_dir}   metrics, arguments, results: {self.dir}")
+
+    def write_card(self, table):
+        """Beside the final weights: where they come from, as args.json, result.json and README.md, a model card."""
+        args, git, commit = self.args, ["git", "-C", ROOT, "rev-parse", "HEAD"], ""
+        for name in ("args.json", "result.json"):
+            write_text(f"{args.output_dir}/{name}", (self.dir / name).read_text())
+        with suppress(OSError):  # no git
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        sources = {"base_model": getattr(args, "base_model", None) or args.sft_path, "datasets": args.dataset}
+        on_hub = {name: path for name, path in sources.items() if not os.path.exists(find(path))}
+        header = ModelCardData(library_name="transformers", tags=["rlhf", self.script.removesuffix(".py")], **on_hub)
+        text = "{base_model}, trained on {datasets} by {} of DR-PO, commit {}, with the flags in args.json."
+        text = text.format(self.script, commit or "unknown", **sources)
+        write_text(f"{args.output_dir}/README.md", f"---\n{header}\n---\n\n{text}\n\n```\n{table}\n```\n")
 
 
 def plot(history, path):

@@ -94,6 +94,11 @@ def encode_rows(rows, tokenizer, args, **columns):
         fail(f"no rows are left, dropped {lost}")
     if lost:
         print(f"note: dropped of {len(rows)} rows {lost}")
+    sizes = {name: sorted(len(row[name]) for row in kept) for name in ids}
+    spread = ", ".join(f"{name} {x[len(x) // 2]}, {x[len(x) * 19 // 20]}, {x[-1]}" for name, x in sizes.items())
+    print(
+        f"{len(kept)} rows; tokens (half, 95%, all have at most): {spread}; {args.prompt_length}, {args.response_length}"
+    )
     rows[:] = kept
 
 

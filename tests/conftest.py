@@ -90,10 +90,11 @@ def run_here(name, *flags, cwd, check=True):
     return done
 
 
-def read_metrics(run_dir):
-    """metrics.jsonl as a list of dicts, without the keys that hold times."""
-    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
-    return [{key: x for key, x in json.loads(line).items() if not key.startswith("time/")} for line in lines]
+def read_metrics(run_dir, start=1):
+    """metrics.jsonl from an update on as a list of dicts, without the keys that hold times."""
+    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["update"] >= start]
+    return [{key: x for key, x in line.items() if not key.startswith("time/")} for line in lines]
 
 
 def read_rows(file):

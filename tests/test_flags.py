@@ -28,8 +28,17 @@ PLUMBING = {
     "lora_alpha": 32,
     "lora_target": "all-linear",
     "shard": False,
+    "max_rows": 0,
+    "track": False,
 }
-OF_JUDGE = ("run_name", "dataset_config", "process_timeout", "micro_batch_size", "dtype")  # which trains nothing
+OF_JUDGE = (
+    "run_name",
+    "dataset_config",
+    "max_rows",
+    "process_timeout",
+    "micro_batch_size",
+    "dtype",
+)  # which trains nothing
 # script -> flags that may be 0, besides the seed and the rank of LoRA
 MAY_BE_0 = {
     "ppo.py": {"learning_rate", "kl_coef", "vf_coef", "gamma", "gae_lambda"},
@@ -111,7 +120,7 @@ def test_help_shows_the_algorithm_first(script, tmp_path, monkeypatch):
 # numbers
 def test_numbers_that_make_no_sense(script, read, capsys):
     numbers = [name for name, value in vars(read()).items() if type(value) in (int, float)]
-    may_be_0 = MAY_BE_0[script.name] | {"seed", "lora_rank"}
+    may_be_0 = MAY_BE_0[script.name] | {"seed", "lora_rank", "max_rows"}
     assert len(numbers) > 10 and may_be_0 < set(numbers)
     for name in numbers:
         flag = f"--{name.replace('_', '-')}"
@@ -165,7 +174,18 @@ def test_a_resumed_run_has_the_flags_it_had(run, read):
 
 def test_what_decides_no_number_may_change(run, read, monkeypatch):
     monkeypatch.setenv("RANK", "0")  # for --shard
-    new = ("--save-every", 3, "--keep-checkpoints", 4, "--output-dir", "out", "--process-timeout", 60, "--shard")
+    new = (
+        "--save-every",
+        3,
+        "--keep-checkpoints",
+        4,
+        "--output-dir",
+        "out",
+        "--process-timeout",
+        60,
+        "--shard",
+        "--track",
+    )
     args = read("--resume", "old", *new, "--micro-batch-size", 2, "--gradient-checkpointing")
     changed = {name for name, value in vars(args).items() if value != run.args[name]}
     assert changed == set(flags.FREE) and args.seed == 5

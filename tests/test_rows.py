@@ -13,6 +13,7 @@ from test_errors import BASE, fails
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from data import shapes
 from plumbing import inputs, rows, tokens
 from plumbing.tokens import Rendered, encode, encode_rows, end_ids, text_ids
 
@@ -170,7 +171,7 @@ def test_a_bos_of_the_template_is_not_doubled(tmp_path):
     tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
     tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
     turns = [turn("user", "hi"), turn("assistant", "hello")]
-    prompt, answer = rows.message_parts(turns, tokenizer)
+    prompt, answer = shapes.message_parts(turns, tokenizer)
     assert (prompt, answer) == ("<|begin|>" + CHAT, "hello<|endoftext|>")
     (expected,) = encode(tokenizer, [prompt], "prompts", 20)
     assert expected.count(tokenizer.bos_token_id) == 1 and tokenizer.decode(expected) == prompt
@@ -477,7 +478,7 @@ def test_a_prompt_that_spells_control_tokens_is_text(instruct, text, capsys):
 
 @pytest.mark.parametrize("text", SPELLED)
 def test_a_turn_that_spells_control_tokens_is_text(instruct, text):
-    prompt, answer = rows.message_parts([turn("user", text), turn("assistant", f"no {text}!")], instruct)
+    prompt, answer = shapes.message_parts([turn("user", text), turn("assistant", f"no {text}!")], instruct)
     (ids,) = encode(instruct, [prompt], "prompts", 99)
     start, end = instruct.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     role, again = (without_special(instruct, part) for part in ("user\n", "\nassistant\n"))
@@ -492,7 +493,7 @@ def test_a_turn_that_spells_control_tokens_is_text(instruct, text):
 
 def test_ordinary_turns_are_what_the_template_makes_of_them(instruct):
     turns = [turn("system", "be kind"), turn("user", "my boss broke my bike"), turn("assistant", "i feel sad")]
-    prompt, answer = rows.message_parts(turns, instruct)
+    prompt, answer = shapes.message_parts(turns, instruct)
     ids = encode(instruct, [prompt], "prompts", 99)[0] + encode(instruct, [answer], "responses", 99)[0]
     expected = instruct.apply_chat_template(turns)["input_ids"]
     assert ids == expected[: len(ids)] and instruct.decode(expected[len(ids) :]) == "\n"
@@ -535,7 +536,7 @@ def test_a_prompt_has_one_bos_and_no_eos(capsys):
 # what is cut may teach nothing
 def test_rows_that_teach_nothing_once_cut(instruct, capsys):
     long = turn("user", "my boss broke my bike. " * 9)
-    dialogue, _ = rows.message_parts([long, turn("assistant", "no")], instruct)
+    dialogue, _ = shapes.message_parts([long, turn("assistant", "no")], instruct)
     found = [
         {"prompt": "hi", "chosen": " yes", "rejected": " no"},
         {"prompt": dialogue, "chosen": " yes", "rejected": " no"},  # not cut through a turn
@@ -548,7 +549,12 @@ def test_rows_that_teach_nothing_once_cut(instruct, capsys):
     args = SimpleNamespace(prompt_length=20, response_length=12)
     encode_rows(found, instruct, args, chosen_ids="chosen", rejected_ids="rejected")
     assert [row["chosen"] for row in found] == [" yes", " no"] and len(found[1]["prompt_ids"]) == 20
-    assert capsys.readouterr().out.splitlines()[-1] == (
+    *_, note, sizes = capsys.readouterr().out.splitlines()
+    assert (
+        sizes
+        == "2 rows; tokens (half, 95%, all have at most): prompt_ids 20, 20, 20, chosen_ids 4, 4, 4, rejected_ids 4, 4, 4; 20, 12"
+    )
+    assert note == (
         "note: dropped of 7 rows 1: a dialogue longer than --prompt-length; 2: no token in prompt or answer; "
         "1: an answer without an end in --response-length; 1: chosen equals rejected"
     )

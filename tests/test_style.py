@@ -14,7 +14,7 @@ PLUMBING = sorted((ROOT / "plumbing").glob("*.py"))
 RL = ("ppo.py", "drpo.py")
 # lines; a script that grows past its cap has caught plumbing: move that, do not raise this
 CAPS = {"sft.py": 240, "dpo.py": 240, "reward_model.py": 250, "ppo.py": 400, "drpo.py": 450, "judge.py": 500}
-PLUMBING_CAP, PLAIN_CAP, REPOSITORY_CAP, DIFF_CAP = 1700, 170, 3660, 75
+PLUMBING_CAP, PLAIN_CAP, SHAPES_CAP, DIFF_CAP = 1700, 170, 130, 75
 # shared fields whose docstring may differ between scripts that train on rows, on pairs and on episodes; the type never
 DOCSTRING_MAY_DIFFER = {
     "seed": "what is drawn differs",
@@ -27,7 +27,7 @@ DOCSTRING_MAY_DIFFER = {
     "learning_rate": "the paper's number differs",
     "max_grad_norm": "one model or two",
     "temperature": "of samples shown, or of the rollout",
-    "response_length": "pairs are seen whole",
+    "reward_path": "a model, in RL also a function",
 }
 
 
@@ -162,7 +162,7 @@ def test_the_repository_stays_short():
     assert {path.name for path in SCRIPTS} == CAPS.keys()
     assert lines_of(ROOT / "plumbing/plain.py") <= PLAIN_CAP
     assert sum(map(lines_of, PLUMBING)) <= PLUMBING_CAP
-    assert sum(map(lines_of, (*SCRIPTS, *PLUMBING))) <= REPOSITORY_CAP
+    assert lines_of(ROOT / "data/shapes.py") <= SHAPES_CAP
 
 
 def test_drpo_is_ppo_plus_the_idea_and_readme_says_how_much():

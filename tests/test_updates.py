@@ -240,7 +240,7 @@ def test_ppo_and_drpo(script, start, tmp_path):
                 minibatch = [episodes[i] for i in order[first : first + flags.minibatch_size]]
                 terms = minibatch_terms(minibatch, policy, critic, flags, seen)
                 norm = optimizer.step(terms["loss/policy"] + flags.vf_coef * terms["loss/value"], decayed(update))
-                stats.append({name: x.item() for name, x in terms.items()} | {"policy/grad_norm": norm})
+                stats.append({name: x.item() for name, x in terms.items()} | {"grad_norm": norm})
         metrics = {
             "update": update,
             "episodes": update * size,
@@ -284,7 +284,7 @@ def test_sft(train_on_prompt, start, tmp_path):
             logprobs += logprobs_of(policy, ids[:given], ids[given:])
         loss = -sum(logprobs) / len(logprobs)
         metrics = {"update": update, "epoch": epochs_seen(update), "learning_rate": decayed(update)}
-        metrics |= {"loss": loss.item(), "policy/grad_norm": optimizer.step(loss, decayed(update))}
+        metrics |= {"loss": loss.item(), "grad_norm": optimizer.step(loss, decayed(update))}
         expected.append(metrics)
     check(tmp_path, expected, optimizer, policy=policy)
 

@@ -27,8 +27,10 @@ class Args:
     seed: int = 1
     train_split: str = "train"
     output_dir: str = "out"
-    base_model: str = ""  # never read
+    base_model: str = "toy"  # never read
+    dataset: str = "numbers"  # never read
     num_epochs: int = 8  # an update each
+    batch_size: int = 16
     minibatch_size: int = 8
     learning_rate: float = 1e-2
     width: int = 16

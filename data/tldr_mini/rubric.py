@@ -1,4 +1,7 @@
-"""The embedded task's exact measure of quality, explained in data/tldr_mini/README.md."""
+"""The embedded task's exact measure of quality, explained in data/tldr_mini/README.md; as a reward:
+
+python drpo.py --reward-path data/tldr_mini/rubric.py
+"""
 
 import re
 
@@ -22,3 +25,7 @@ def rubric_score(summary, facts):
     unsupported = sum(word != "|" and word not in FUNCTION_WORDS for word in text.split())
     excess = max(0, len(words) - sum(len(fact.split()) for fact in facts) - 6)
     return max(-1.0, (stated - 0.5 * repeated - 0.5 * unsupported) / len(facts) - 0.05 * excess)
+
+
+def score(prompt, response, row):
+    return rubric_score(response, row["rubric"])
