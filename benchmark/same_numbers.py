@@ -101,7 +101,7 @@ def run_all(tree, folder):
     base, episodes = ("--base-model", ROOT / "data/tiny_pythia"), ("--total-episodes", 16 * RL_UPDATES)
     rl = (*episodes, "--minibatch-size", 8, "--num-ppo-epochs", 2, "--eval-every", 2, "--eval-rows", 16)
     rl = (*seed, *small, *reference, *sft, *reward, *rl)
-    pairs = (*seed, *small, *preference, *sft, "--num-epochs", 1)
+    pairs = (*seed, *small, *preference, *sft, "--num-epochs", 1, "--response-length", 40)
     both = {  # name -> script and flags, processes
         "sft": ("sft.py", *seed, *small, *reference, *base, "--num-epochs", 1),
         "reward_model": ("reward_model.py", *pairs, "--reference-dataset", folder / "reference"),
@@ -120,7 +120,9 @@ def run_all(tree, folder):
     stop_in_the_middle(start(ROOT, new, "stopped", "drpo.py", *rl), new, "stopped")
     finish(start(ROOT, new, "stopped", "drpo.py", "--resume", "stopped"), new, "stopped")
     titles = {"drpo_2": "drpo, 2 processes", "drpo_shard_2": "drpo_fsdp | drpo --shard, 2 processes"}
-    rows = [(titles.get(name, name), *compare(old / name, new / name)) for name in both]
+    watched = ("eval/loss", "eval/accuracy")  # of reward_model.py, which had no validation split
+    more = {"reward_model": watched}
+    rows = [(titles.get(name, name), *compare(old / name, new / name, more.get(name, ()))) for name in both]
     resets = ("reset/fraction", "reset/length")
     rows.append(("new: ppo | drpo --beta 0", *compare(new / "ppo", new / "beta_0", resets)))
     return [*rows, ("new: drpo | drpo stopped, resumed", *compare(new / "drpo", new / "stopped"))]

@@ -24,13 +24,12 @@ def load_reward(path):
 
     def score_all(rows, responses):
         found = [None] * len(rows)
-        for number in range(rank(), len(rows), world()):
-            row, response = rows[number], responses[number]
+        for number, row in list(enumerate(rows))[rank() :: world()]:
             try:
-                found[number] = float(score(row["prompt"], response, row))
+                found[number] = float(score(row["prompt"], responses[number], row))
             except Exception as error:
                 place = "{0.filename}, line {0.lineno}".format(traceback.extract_tb(error.__traceback__)[-1])
-                asked = f"score({row['prompt'][:100]!r}, {response[:100]!r}, row)"
+                asked = f"score({row['prompt'][:100]!r}, {responses[number][:100]!r}, row)"
                 fail(f"--reward-path {path}: {error!r} at {place} in {asked}")
         parts = [found] * world()
         if world() > 1:

@@ -177,8 +177,10 @@ class Run:
             signal.signal(number, receive)
         size, where = sum(p.numel() for p in parameters.values()), next(iter(parameters.values())).device
         print(
-            f"{self.dir}: {count} updates of {self.args.batch_size}, {size:,} weights to train on {where} x {world()}"
+            f"{self.dir}: {count} updates of {self.args.batch_size} on {world()} x {where} in {self.args.dtype}",
+            end="; ",
         )
+        print(f"{size:,} weights to train, {16 * size / 2**30:.2f} GiB with gradients and AdamW's numbers")
         if self.history and self.done == 0:  # what the untouched model does
             x, *names = self.history[0]
             self.log({x: 0} | {f"eval/{name}": self.history[0][name] for name in names})

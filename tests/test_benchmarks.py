@@ -1,15 +1,19 @@
 """Every script in benchmark/ starts: small real runs in this process where there are some, its own functions otherwise."""
 
+import html
 import importlib.util
 import json
+import math
+import re
 import subprocess
 import sys
+from statistics import mean, pstdev
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, run_here, run_script, write_dataset
+from conftest import ROOT, read_metrics, read_rows, run_here, run_script, write_dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -85,6 +89,38 @@ def start_reward_ranking(_, folder):
     found = module("reward_ranking.py").ranking(folder / "sft", folder / "reward", num_samples=2, num_rows=16)
     assert list(found) == ["overall", "within", "all samples", "best of 8"]
     assert all(-1 <= number <= 1 for number in found.values())
+
+
+def start_rollout(cwd, folder):
+    """From where the scripts start; the numbers of the first update of drpo.py are in the file that it writes itself."""
+    reference = write_dataset(cwd / "data", "reference", (16, 8, 8))
+    flags = ("--dataset", reference, "--sft-path", folder / "sft", "--reward-path", folder / "reward", *RL)
+    flags += ("--learning-rate", 0.01, "--total-episodes", 8)
+    draw = ("benchmark/rollout.py", "--policy", "", *flags)
+    done = run_here(*draw, "--rows", 8, "--out", "new/drpo", "--beta", 0.7, cwd=cwd)
+    assert done.stdout.splitlines()[-1] == "new/drpo.png and new/drpo.html"
+    assert sorted(path.name for path in cwd.iterdir()) == ["data", "new"]
+    assert sorted(path.name for path in (cwd / "new").iterdir()) == ["drpo.html", "drpo.png"]
+    assert (cwd / "new/drpo.png").read_bytes().startswith(b"\x89PNG")
+    run_here("drpo.py", *flags, "--beta", 0.7, "--run-name", "run", "--output-dir", "after", cwd=cwd)
+    policies, metrics = [Slow(path) for path in (cwd / "after", folder / "sft")], read_metrics(cwd / "runs/run")[0]
+    rollouts, log_ratios = read_page(cwd / "new/drpo.html"), []
+    assert sum(x["kept"] for x in rollouts) / 8 == metrics["reset/length"] > 0
+    assert sum(x["sum"]["rewards"] for x in rollouts) / 8 == pytest.approx(metrics["objective/reward"], abs=1e-3)
+    for x in rollouts:
+        assert {*x["kl"]} <= {None, 0.0}  # the policy is still pi_SFT
+        for t in x["actions"][::3]:
+            after, before = (policy.logprob(x, t, 1.0) for policy in policies)
+            assert x["ratio"][t] == pytest.approx(math.exp(after - before), abs=0.006)
+            log_ratios.append(abs(after - before))
+    assert max(log_ratios) > 0.1
+    run_here(*draw, "--policy", "runs/run", "--beta", 0, "--out", "run", cwd=cwd)  # its checkpoint
+    assert max(abs(x) for x in read_page(cwd / "run.html")[0]["kl"] if x is not None) > 0.1
+    run_here(*draw, "--policy", "after", "--beta", 0, "--out", "folder", cwd=cwd)
+    in_run, in_folder = (read_page(cwd / name)[0] for name in ("run.html", "folder.html"))
+    assert in_run["kl"] == in_folder["kl"] and in_run["values"] != in_folder["values"]  # the run has a critic too
+    run_here(*draw, "--script", "ppo.py", "--out", "ppo", cwd=cwd)
+    assert [x["kept"] for x in read_page(cwd / "ppo.html")] == [0] * 3
 
 
 def start_same_numbers(cwd, folder):
@@ -171,6 +207,164 @@ def start_speed_trl(cwd, _):
     flags = ("--batch", 2, "--updates", 2, "--micro-batch", 2)
     done = run_script("benchmark/speed_trl.py", "dpo", cwd, *flags, cwd=cwd)
     assert len(json.loads(done.stdout.splitlines()[-1])) == 2
+
+
+class Slow:
+    """A model read without padding, cache or batch, one forward pass a number, in float64."""
+
+    def __init__(self, path, kind=AutoModelForCausalLM):
+        self.model, self.tokenizer = (
+            kind.from_pretrained(path, dtype=torch.float64),
+            AutoTokenizer.from_pretrained(path),
+        )
+
+    @torch.no_grad()
+    def state(self, rollout, t):
+        """Hidden state (d,) after the prompt and t tokens of the response."""
+        ids = self.tokenizer(rollout["prompt"])["input_ids"] + rollout["ids"][:t]
+        return self.model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+
+    def logprob(self, rollout, t, temperature):
+        logits = self.model.get_output_embeddings()(self.state(rollout, t)) / temperature
+        return logits.log_softmax(-1)[rollout["ids"][t]].item()
+
+    def value(self, rollout, t):
+        return self.model.score(self.state(rollout, t)).item() - self.model.config.score_mean
+
+
+def read_page(path):
+    """The rollouts on a page of benchmark/rollout.py: prompt, tokens, rows of numbers (None where there is none), sums."""
+    found = []
+    for part in path.read_text(encoding="utf-8").split("<h2>")[1:]:
+        prompt, kept = re.search("<pre>(.*?)</pre>", part, re.DOTALL)[1], re.search(r"reset: (\d+) of", part)
+        x = {"prompt": html.unescape(prompt), "kept": int(kept[1]) if kept else 0, "sum": {}, "ids": []}
+        for name, row in re.findall(r"<tr class=(\w+)>(.*?)</tr>", part.replace("−", "-"), re.DOTALL):
+            x["ids"] += [int(id) for id in re.findall('title="id ([0-9]+)"', row)]
+            cells = re.findall("<td class=(?!sum)[^>]*>([^<]*)<", row)
+            x.setdefault(name, []).extend(float(cell) if cell else None for cell in cells)
+            x["sum"] |= [(name, float(number)) for number in re.findall("Σ ([^<]*)<", row)]
+        x["actions"] = [t for t, mask in enumerate(x["mask"]) if mask == 1]
+        found.append(x)
+    return found
+
+
+def test_rollout_draws_what_slow_loops_find(tmp_path):
+    """All 8 rollouts of a batch, so that the whitening can be done again too; the prompts and answers hold HTML."""
+    tiny, kinds = ROOT / "data/tiny_pythia", {"reward": AutoModelForSequenceClassification}
+    for seed, name in enumerate(("sft", "policy", "reward")):
+        torch.manual_seed(seed)
+        model = kinds.get(name, AutoModelForCausalLM).from_config(AutoConfig.from_pretrained(tiny, num_labels=1))
+        model.config.score_mean = 0.3
+        if name != "reward":  # random models seldom end; here the logit of the EOS, which has id 0, is 4.2 more
+            with torch.no_grad():
+                model.base_model.final_layer_norm.bias.fill_(1.0)
+                model.get_output_embeddings().weight[0] += 4.2 / model.config.hidden_size
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / name)
+
+    def with_html(rows):
+        return [
+            row | {"prompt": f"<script>{n}</script> {row['prompt']}", "completion": f" <i>&{row['completion']}"}
+            for n, row in enumerate(rows)
+        ]
+
+    data = write_dataset(tmp_path / "data", "reference", (16, 8, 8), with_html)
+    flags = ("--policy", "policy", "--sft-path", "sft", "--reward-path", "reward", "--dataset", data, *RL, "--rows", 8)
+    flags += (
+        "--gamma",
+        0.9,
+        "--gae-lambda",
+        0.8,
+        "--kl-coef",
+        0.3,
+        "--temperature",
+        0.8,
+        "--missing-eos-score",
+        -1.5,
+        "--seed",
+        2,
+    )
+    run_here("benchmark/rollout.py", *flags, cwd=tmp_path)
+    text, rollouts = (tmp_path / "rollout.html").read_text(encoding="utf-8"), read_page(tmp_path / "rollout.html")
+    assert "<script" not in text and "<i>" not in text and text.count("&lt;script&gt;") == 8
+
+    policy, sft, reward = (
+        Slow(tmp_path / name, kinds.get(name, AutoModelForCausalLM)) for name in ("policy", "sft", "reward")
+    )
+    completions = {row["prompt"]: row["completion"] for row in read_rows(data / "train.jsonl")}
+    ends, everything = [], []
+    for x in rollouts:
+        kept, real = x["kept"], x["ids"].index(0) + 1 if 0 in x["ids"] else 32
+        assert x["ids"][:kept] == policy.tokenizer(completions[x["prompt"]])["input_ids"][:kept]
+        assert x["actions"] == list(range(kept, real)) and x["sum"]["mask"] == real - kept
+        score = reward.value(x, real) if 0 in x["ids"] else -1.5
+        x["slow"] = slow = {name: {} for name in ("kl", "penalty", "score", "rewards", "values", "advantages")}
+        for t in x["actions"]:
+            slow["kl"][t] = policy.logprob(x, t, 0.8) - sft.logprob(x, t, 0.8)
+            slow["penalty"][t], slow["values"][t] = -0.3 * slow["kl"][t], reward.value(x, t)
+            slow["rewards"][t] = slow["penalty"][t] + (score if t == real - 1 else 0)
+        slow["score"][real - 1] = score  # nowhere else
+        for t in x["actions"]:
+            after = [*range(t, real)]
+            errors = [slow["rewards"][u] + 0.9 * slow["values"].get(u + 1, 0) - slow["values"][u] for u in after]
+            slow["advantages"][t] = sum((0.9 * 0.8) ** n * error for n, error in enumerate(errors))
+        everything += slow["advantages"].values()
+        ends.append((kept > 0, 0 in x["ids"]))
+        assert x["sum"]["score"] == pytest.approx(score, abs=6e-4)
+        assert x["sum"]["rewards"] == pytest.approx(score - 0.3 * sum(slow["kl"].values()), abs=6e-4)
+    assert ends[0][0] and not ends[1][0] and len({*ends}) == 4  # a reset, then a bare prompt; each of them ended or not
+    middle, spread = mean(everything), pstdev(everything)
+    for x in rollouts:
+        x["slow"]["whitened"] = {t: (a - middle) / spread for t, a in x["slow"]["advantages"].items()}
+        for name, numbers in x["slow"].items():
+            assert [t for t, number in enumerate(x[name]) if number is not None] == [*numbers]  # masked: nothing
+            digits = 3 if name in ("penalty", "score", "rewards") else 2
+            for t, number in numbers.items():
+                assert x[name][t] == pytest.approx(number, abs=0.5 * 10**-digits + 1e-4), (name, t)
+
+
+def test_rollout_shows_any_text_as_text():
+    rollout, bad = module("rollout.py"), "<script>$x</script>"
+    cells = {name: ("", "#ffffff", "plain") for name in rollout.LINES}
+    column = SimpleNamespace(kind="own", text=bad, id=1, width=1.0, cells=cells)
+    sums = dict.fromkeys(rollout.SUMMED, "0")
+    drawn = SimpleNamespace(title=bad, outcome=bad, prompt=bad, sums=sums, columns=[column])
+    page = rollout.page(bad, [bad], [drawn], dict.fromkeys(rollout.LINES, bad))
+    assert "<script" not in page and page.count("&lt;script&gt;") == 8 + len(rollout.LINES)
+
+
+def test_rollout_chooses_one_of_each_kind():
+    choose = module("rollout.py").choose
+    reset, ended = [False, False, True, True, False], [False, True, False, True, True]
+    assert choose(reset, ended, 3) == [3, 1, 0]
+    assert choose(reset, ended, 9) == [3, 1, 0, 2, 4]
+    assert choose([False] * 2, [True] * 2, 3) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--rows", 0), "--rows must be at least 1, and --out must end with the name of a file"),
+        (("--script", "dpo.py"), "dpo.py has no rollouts"),
+        (("--script", "none.py"), "No such file"),
+        (("--beta", 2), "--beta 2.0 is a probability"),
+        (("--policy", "run"), "--policy run: cannot read checkpoint_1_0.pt"),
+    ],
+)
+def test_rollout_says_what_is_wrong(flags, message, tmp_path, random_models):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint_1_0.pt").write_text("no checkpoint")
+    data = write_dataset(tmp_path / "data", "reference")
+    models = ("--sft-path", random_models / "sft", "--reward-path", random_models / "reward", "--dataset", data)
+    done = run_here("benchmark/rollout.py", "--policy", "", *models, *RL, *flags, cwd=tmp_path, check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and message in errors[0]
+
+
+def test_rollout_needs_matplotlib(tmp_path):
+    with mock.patch.dict(sys.modules, {"matplotlib": None}):
+        done = run_here("benchmark/rollout.py", cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: the picture needs matplotlib: pip install matplotlib\n")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
