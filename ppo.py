@@ -281,6 +281,7 @@ if __name__ == "__main__":
     critic = load_model(scalar, args.sft_path if rule else args.reward_path, tokenizer, args, device, num_labels=1)
     if rule:
         fill(critic.score.weight, torch.zeros_like(critic.score.weight))
+        critic.config.score_mean = 0.0  # the policy's config may have one, as a reward model's does
     trained = make_trainable(policy, ref_policy, args)
     make_trainable(critic, critic if rule else reward, args)  # differs from official code: LoRA freezes the head
     parameters = trainable(policy=policy, critic=critic)

@@ -28,9 +28,10 @@ def load_reward(path):
             try:
                 found[number] = float(score(row["prompt"], responses[number], row))
             except Exception as error:
-                place = "{0.filename}, line {0.lineno}".format(traceback.extract_tb(error.__traceback__)[-1])
+                frames = traceback.extract_tb(error.__traceback__)
+                lines = [f", line {frame.lineno}" for frame in frames if frame.filename == find(path)]
                 asked = f"score({row['prompt'][:100]!r}, {responses[number][:100]!r}, row)"
-                fail(f"--reward-path {path}: {error!r} at {place} in {asked}")
+                fail(f"--reward-path {path}{''.join(lines[-1:])}: {error!r} in {asked}")
         parts = [found] * world()
         if world() > 1:
             dist.all_gather_object(parts, found)

@@ -176,11 +176,9 @@ class Run:
         for number in numbers:
             signal.signal(number, receive)
         size, where = sum(p.numel() for p in parameters.values()), next(iter(parameters.values())).device
-        print(
-            f"{self.dir}: {count} updates of {self.args.batch_size} on {world()} x {where} in {self.args.dtype}",
-            end="; ",
-        )
-        print(f"{size:,} weights to train, {16 * size / 2**30:.2f} GiB with gradients and AdamW's numbers")
+        memory = f"{size:,} weights to train, {16 * size / 2**30:.2f} GiB with gradients and AdamW's numbers"
+        machine = f"{world()} x {where} in {self.args.dtype}"
+        print(f"{self.dir}: {count} updates of {self.args.batch_size} on {machine}; {memory}")
         if self.history and self.done == 0:  # what the untouched model does
             x, *names = self.history[0]
             self.log({x: 0} | {f"eval/{name}": self.history[0][name] for name in names})
