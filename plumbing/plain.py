@@ -74,7 +74,7 @@ def load(auto_class, path):
 
 def load_reward(path):
     score = runpy.run_path(path)["score"]
-    return lambda rows, texts: [score(row["prompt"], text, row) for row, text in zip(rows, texts)]
+    return lambda rows, texts: [float(score(row["prompt"], text, row)) for row, text in zip(rows, texts)]
 
 
 def load_model(auto_class, path, tokenizer, args, device, may_be_empty=False, **config):
