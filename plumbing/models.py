@@ -212,10 +212,11 @@ def make_trainable(model, frozen, args):
         fail("--lora-rank needs peft: pip install peft")
     except ValueError as error:
         fail(f"--lora-target {args.lora_target}: {str(error).splitlines()[0]}")
-    for name, module in [*model.named_modules()]:
-        if hasattr(module, "base_layer"):  # else bfloat16 would round away much of what an adapter adds to its output
-            for layer in (module.base_layer, frozen.get_submodule(name)):
-                layer.register_forward_hook(lambda module, inputs, x: x.float() if x.dtype == torch.bfloat16 else x)
+    wide = partial(torch.promote_types, torch.float32)
+    for name, lora in [*model.named_modules()]:
+        if hasattr(lora, "base_layer"):  # else bfloat16 would round away much of what an adapter adds to its output
+            for layer in (lora.base_layer, *([frozen.get_submodule(name)] if kind == "CAUSAL_LM" else [])):
+                layer.register_forward_hook(lambda _, inputs, x, lora=lora: x if lora.merged else x.to(wide(x.dtype)))
     return adapted
 
 

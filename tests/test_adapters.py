@@ -1,18 +1,20 @@
 """LoRA and recomputed activations: what is trained, what is stored once, what is saved."""
 
 import copy
+import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics, run_here
+from conftest import ROOT, read_metrics, read_rows, run_here
 from test_architectures import CONFIGS, random_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo
-from plumbing.models import make_trainable, merge, save_model
+from plumbing.models import load_model, make_trainable, merge, save_model
+from plumbing.tokens import encode_rows, pad
 
 OFF = {"seed": 1, "gradient_checkpointing": False, "lora_rank": 0, "lora_alpha": 8.0, "lora_target": "all-linear"}
 SEQ = AutoModelForSequenceClassification
@@ -140,3 +142,52 @@ def test_without_peft_the_error_says_what_to_install(models, tmp_path, monkeypat
     done = run_here("ppo.py", *models.flags, "--lora-rank", 4, cwd=tmp_path, check=False)
     assert done.returncode == 2 and done.stderr.endswith("error: --lora-rank needs peft: pip install peft\n")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ("sft", "reward_model", "dpo", "ppo", "drpo"))
+def test_the_numbers_at_the_end_are_those_of_the_saved_folder(name, models, tmp_path):
+    """In bfloat16 with adapters: the same script starts again from the folder, and says the same before its first step."""
+    pairs = ("--dataset", models.preference, "--num-epochs", 1, "--batch-size", 64)
+    references = ("--dataset", models.reference, "--num-epochs", 1, "--batch-size", 64)
+    rl = (*models.flags, "--total-episodes", 16, "--batch-size", 16, "--minibatch-size", 16, "--eval-rows", 16)
+    flags = {"sft": references, "dpo": pairs, "reward_model": (*pairs, "--reference-dataset", models.reference)}
+    flags = (*flags.get(name, rl), "--dtype", "bfloat16")
+    start = "--base-model" if name == "sft" else "--sft-path"
+
+    def run(folder, *more):
+        run_here(f"{name}.py", *flags, start, folder, *more, "--output-dir", tmp_path / more[-1], cwd=tmp_path)
+        return json.loads((tmp_path / f"runs/{more[-1]}/result.json").read_text())
+
+    said = run(models.sft, *LORA, "--run-name", "first")
+    if name == "reward_model":  # which starts with a new head: it is read by the function of the RL scripts
+        tokenizer, args = AutoTokenizer.from_pretrained(tmp_path / "first"), SimpleNamespace(**LENGTHS)
+        model = load_model(SEQ, str(tmp_path / "first"), tokenizer, args, torch.device("cpu"))
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            scores = [scores_of(model, tokenizer, models.preference / "test.jsonl", x) for x in ("chosen", "rejected")]
+            centre = scores_of(model, tokenizer, models.reference / "train.jsonl", "completion").mean().item()
+        correct = (0.5 + 0.5 * (scores[0] - scores[1]).sign()).mean().item()
+        assert said["all"]["accuracy"] == pytest.approx(correct) and centre == pytest.approx(0, abs=1e-3)
+        return
+    run(tmp_path / "first", "--learning-rate", 0, "--gradient-checkpointing", "--run-name", "again")  # no shared prompt
+    line_0 = read_metrics(tmp_path / "runs/again", start=0)[0]
+    if name == "sft":
+        assert line_0["eval/loss"] == pytest.approx(said["SFT"]["loss"], rel=1e-5)
+    elif name == "dpo":
+        for side in ("logprobs/chosen", "logprobs/rejected"):
+            assert line_0[f"eval/{side}"] == pytest.approx(said["after"][side], rel=1e-5)
+    else:  # the KL is to another policy now
+        table = json.loads((tmp_path / "runs/again/result.json").read_text())["SFT"]
+        (title,) = said.keys() - {"SFT"}
+        assert {key: x for key, x in table.items() if key != "kl"} == pytest.approx(
+            {key: x for key, x in said[title].items() if key != "kl"}, rel=1e-5
+        )
+
+
+LENGTHS = {"prompt_length": 128, "response_length": 40}
+
+
+def scores_of(model, tokenizer, file, column):
+    rows, args = read_rows(file), SimpleNamespace(**LENGTHS)
+    encode_rows(rows, tokenizer, args, ids=column)
+    prompts = pad([row["prompt_ids"] for row in rows], "left", "cpu")
+    return ppo.sequence_scores(model, *prompts, *pad([row["ids"] for row in rows], "right", "cpu"))

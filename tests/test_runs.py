@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, read_metrics, run_here, run_script, write_dataset
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
 import ppo
 from plumbing.tokens import encode
@@ -169,6 +170,27 @@ def test_what_drpo_prints(runs):
         (cells,) = (line.split()[1:] for line in lines if line.startswith(name + " "))
         assert [float(cell) for cell in cells] == pytest.approx(list(row.values()), abs=6e-4)
     assert sum(line.startswith("  from a reset: [") for line in lines) == 3
+
+
+def test_a_reset_at_the_end_is_no_longer_than_in_training(models, tmp_path):
+    """GPT-2 has no position behind prompt and response; its prefixes count against the response."""
+    config = GPT2Config(vocab_size=1024, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    tokenizer = AutoTokenizer.from_pretrained(models.sft)
+    for name, kind in (("sft", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
+        config.num_labels, config.pad_token_id = 1, 1
+        kind.from_config(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": "my boss broke my bike. " * 9, "completion": " my boss broke my bike in march at the gym"}] * 16
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"data/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--dataset", tmp_path / "data", "--sft-path", "sft", "--reward-path", "reward", "--prompt-length", 40)
+    flags += ("--response-length", 24, "--total-episodes", 16, "--batch-size", 16, "--minibatch-size", 16)
+    done = run_here("drpo.py", *flags, "--run-name", "run", "--output-dir", "out", cwd=tmp_path)
+    resets = re.findall(r"^  from a reset: \[(.*?)\](.*)$", done.stdout, re.MULTILINE)
+    assert len(resets) == 3 and "final model: out" in done.stdout
+    for prefix, own in resets:
+        assert len(tokenizer(prefix)["input_ids"]) > 0 and own
 
 
 def test_the_policy_loads_and_has_learned(runs, models):
