@@ -214,7 +214,8 @@ def test_sft(base, chain):
 def test_reward_model(chain):
     """The first loss, of a fresh head on the SFT body; then what was saved, as transformers reads it."""
     tokenizer = AutoTokenizer.from_pretrained(chain / "sft")
-    fresh = SCALAR.from_pretrained(chain / "sft", num_labels=1, pad_token_id=0, score_mean=0.0, dtype=torch.float32)
+    fresh = SCALAR.from_pretrained(chain / "sft", num_labels=1, pad_token_id=0, dtype=torch.float32)
+    fresh.config.score_mean = 0.0
     torch.manual_seed(SEED)
     fresh.score.weight.copy_(torch.empty(1, 576).normal_(std=1 / math.sqrt(577)))
     losses = []
