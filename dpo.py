@@ -137,7 +137,7 @@ if __name__ == "__main__":
     splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path, args.max_rows)
     splits[args.validation_split] = splits[args.validation_split][: args.eval_rows]
     train, validation = (splits[name] for name in names)
-    build_missing((args.sft_path, Args.sft_path, "sft.py"))
+    build_missing(args.sft_path)
     tokenizer = load(AutoTokenizer, args.sft_path)
     for rows in splits.values():
         encode_rows(rows, tokenizer, args, chosen_ids="chosen", rejected_ids="rejected")

@@ -365,13 +365,7 @@ if __name__ == "__main__":
         print("note: the judge is the reward model that the policies were trained to please; see --judge-path")
 
     # models
-    scripts = {f"models/{name}": f"{name}.py" for name in ("sft", "dpo", "ppo", "drpo")}
-    build_missing(
-        (args.sft_path, Args.sft_path, "sft.py"),
-        (args.reward_path, Args.reward_path, "reward_model.py"),
-        (args.judge_path or args.reward_path, Args.reward_path, "reward_model.py"),
-        *((path, path if path in scripts else "", scripts.get(path)) for path in args.policies),
-    )
+    build_missing(args.sft_path, args.reward_path, args.judge_path or args.reward_path, *args.policies)
     causal, scalar = AutoModelForCausalLM, AutoModelForSequenceClassification
     tokenizer = load(AutoTokenizer, args.sft_path)
     for path in dict.fromkeys((args.reward_path, args.judge_path or args.reward_path)):

@@ -265,7 +265,7 @@ if __name__ == "__main__":
     names = (args.train_split, args.validation_split, args.eval_split)
     columns = ("prompt", "completion")
     splits = load_rows(args.dataset, args.dataset_config, names, columns, args.sft_path, args.max_rows)
-    build_missing((args.sft_path, Args.sft_path, "sft.py"), (args.reward_path, Args.reward_path, "reward_model.py"))
+    build_missing(args.sft_path, args.reward_path)
     tokenizer = load(AutoTokenizer, args.sft_path)
     for rows in splits.values():
         encode_rows(rows, tokenizer, args, offline_ids="completion")

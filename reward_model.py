@@ -153,7 +153,7 @@ if __name__ == "__main__":
     source, columns = args.reference_dataset or own, ("prompt", "completion")  # of pairs, the chosen answers
     config = args.dataset_config if source == args.dataset else ""
     references = load_rows(source, config, names[:1], columns, args.sft_path, 1000)[args.train_split]
-    build_missing((args.sft_path, Args.sft_path, "sft.py"))
+    build_missing(args.sft_path)
     tokenizer = load(AutoTokenizer, args.sft_path)
     for rows in splits.values():
         encode_rows(rows, tokenizer, args, chosen_ids="chosen", rejected_ids="rejected")

@@ -4,7 +4,7 @@
 #   benchmark/cnndm_transfer.sh --dry-run      seconds: flags, columns and sizes, without weights
 #   benchmark/cnndm_transfer.sh
 # Not run so far: no GPU and no model hub could be reached where this was written. The dry run was tested on local files of
-# the same shapes. The memory is the dry run's estimate, not a measurement.
+# the same shapes. The memory is that of the weights, which the dry run counts.
 #
 # Longer articles lose their beginning, which in news says most, so the prompt takes all that Pythia's 2,048 positions leave;
 # the official code's limit for TL;DR is 512, none is stated for news. The paper's row "SFT trained on CNN/DM" is not made.
@@ -27,7 +27,7 @@ if [ -n "${JUDGE_MODEL:-}" ]; then
     --judge-prompt "${JUDGE_PROMPT:-tldr}")
 fi
 
-# the table: 51 GiB
+# the table: 41 GiB for three policies and the reward model, of which judge.py holds one or two at a time
 step judge.py --dataset "$data" --dataset-config "${NEWS_CONFIG-3.0.0}" --split test --num-prompts 600 \
   --policies "$models/sft" "$models/dpo" "$models/ppo" "$models/drpo" \
   --sft-path "$models/sft" --reward-path "$models/reward" --run-name cnndm_judge \

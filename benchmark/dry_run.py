@@ -4,16 +4,12 @@
     python benchmark/dry_run.py --chain chain.json sft.py ...      # a later step may name an earlier one's --output-dir
 
 The script itself runs, up to its first write: it parses its flags, reads 8 rows of every split, cuts them into tokens and
-builds its models from their configs, without weights. What it was about to train on is shown, with an estimate of the
-memory that training would take. Nothing is written except the chain file and the hub's caches of configs and tokenizers.
+builds its models from their configs, without weights. What it was about to train on is shown, with the memory of weights,
+gradients and AdamW. Nothing is written except the chain file and the hub's caches of configs and tokenizers.
 
-Not checked: whether weights are there and fit their config, what the first update does, and rows after the 8th.
-
-The estimate adds what can be counted (weights, gradients, AdamW) and what is worked out for a decoder of the GPT-NeoX kind
-(activations, after arXiv:2205.05198, without the attention matrices, which torch's fused attention never stores).
-Measured on a CPU with benchmark/memory.py, whose model is small: a real update of ppo.py took, beyond what Python and torch
-take alone, 1.05 times the estimate where that was 4.8 GiB, and 0.3 GiB more than it where it was below 1 GiB (1.3 to 2.5
-times). No estimate was compared with a GPU.
+Not checked: whether weights are there and fit their config, what the first update does, and rows after the 8th. Activations
+are not estimated: an estimate that was here said 1.7 GiB where 3.0 to 3.7 were used. docs/large_models.md has why, and
+measured peaks.
 """
 
 import argparse
@@ -30,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from data import COMMANDS  # noqa: E402
 from plumbing import chat, fail, flags, models, rows, runs, tokens  # noqa: E402
 
 NUM_ROWS = 8
@@ -96,11 +93,13 @@ class Start:
 
     def build_missing(self, *wanted):
         """What a real run would train first counts as there."""
-        for path, default, script in wanted:
-            if path != default:
+        for path in wanted:
+            if path not in COMMANDS:
                 self.load(AutoTokenizer, path)
             elif not os.path.exists(f"{path}/config.json") and os.path.normpath(path) not in self.planned:
-                self.plan(path, script, FIRST_STEP)
+                script, *flags_of_script = COMMANDS[path]
+                flagged = dict(zip(flags_of_script[::2], flags_of_script[1::2]))
+                self.plan(path, script, flagged.get("--base-model", FIRST_STEP))
 
     def load_model(self, auto_class, path, tokenizer, args, device=None, may_be_empty=False, **config):
         with EMPTY:
@@ -153,57 +152,11 @@ def weight_bytes(models):
     return sum(storages.values())
 
 
-def activation_bytes(model, tokens, args):
-    """What one forward pass of `tokens` tokens keeps for the backward pass.
-
-    A layer keeps 10 vectors of the width (its input, two norms, q, k and v before and after rotation, the attention's
-    output) and 2 of the MLP's width; all but its input are half as large in bfloat16, and then every weight is there once
-    more in bfloat16. Recomputed layers keep their input alone, beside one whole layer at a time.
-    """
-    config, half = model.config, args.dtype == "bfloat16"
-    width, layers = config.hidden_size, config.num_hidden_layers
-    mlp = getattr(config, "intermediate_size", None) or 4 * width
-    adapters = sum(x.shape[0] for name, x in model.named_parameters() if "lora_A" in name) / layers
-    layer = tokens * (4 * width + (2 if half else 4) * (9 * width + 2 * mlp + adapters))
-    embedding = model.get_input_embeddings().weight.numel()
-    layer += 2 * (count(model.base_model.parameters()) - embedding) / layers * half
-    if getattr(args, "gradient_checkpointing", False):
-        return 4 * tokens * width * layers + layer
-    return layer * layers
-
-
-def cache_bytes(model, rows, length):
-    """Keys and values of a rollout."""
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * 4 * rows * length * config.num_hidden_layers * heads * head
-
-
-def estimate(models, parameters, args, pairs):
-    """Name -> bytes. What comes after AdamW follows each other, so the largest of it enters the total."""
-    prompt, response = args.prompt_length, args.response_length
-    size = min(args.micro_batch_size, getattr(args, "minibatch_size", getattr(args, "batch_size", sys.maxsize)))
-    learning = [model for model in models.values() if trained_part(model, parameters)]
-    trained_bytes = 4 * sum(count(trained_part(model, parameters)) for model in learning)
+def counted_bytes(models, parameters):
+    """Name -> bytes of what does not depend on the rows."""
+    trained_bytes = 4 * sum(count(trained_part(model, parameters)) for model in models.values())
     parts = {"weights": weight_bytes(models.values()), "gradients": trained_bytes, "AdamW": 2 * trained_bytes}
-    passes = 2 if pairs else 1  # chosen and rejected
-    tokens = passes * size * (prompt + response)
-    activations = [activation_bytes(model, tokens, args) for model in learning]  # of PPO's policy, then of its critic
-    positions = passes * size * (prompt + response if getattr(args, "train_on_prompt", False) else response)
-    causal = next((model for model in models.values() if model.get_output_embeddings() is not None), None)
-    if causal is not None and learning:
-        activations[0] += positions * causal.config.vocab_size * (2 if args.dtype == "bfloat16" else 4)
-    if learning:
-        parts["one micro-batch: activations and logits"] = max(activations)
-        parts["or the optimizer's step"] = trained_bytes
-    if causal is not None and not pairs:
-        most = max(getattr(args, "batch_size", 0), getattr(args, "eval_rows", sys.maxsize))
-        rows = min(4 * args.micro_batch_size, most) if learning else size  # judge.py samples micro-batches
-        logits = 3 * 4 * rows * causal.config.vocab_size  # of one token per row: logits, probabilities, their sums
-        parts["or a rollout: keys, values, logits"] = cache_bytes(causal, rows, prompt + response) + logits
-    stages = list(parts.values())[3:]
-    return parts | {"total": sum(list(parts.values())[:3]) + max(stages)}
+    return parts | {"together": sum(parts.values())}
 
 
 def shorten(text):
@@ -234,9 +187,10 @@ def report(script, start, models):
     print(f"\n{'model':32}{'parameters':>16}{'trained':>16}")
     for name, model in models.items():
         print(f"{name:32}{count(model.parameters()):16,}{count(trained_part(model, parameters)):16,}")
-    print(f"\n{'memory, an estimate':44}{'GiB':>8}")
-    for name, size in estimate(models, parameters, args, "chosen_ids" in found[0]).items():
+    print(f"\n{'memory that can be counted':44}{'GiB':>8}")
+    for name, size in counted_bytes(models, parameters).items():
         print(f"{name:44}{size / 2**30:8.2f}")
+    print("activations, logits and a rollout's keys and values come on top, less with a smaller --micro-batch-size")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,14 @@
 
 One update of 64 episodes at 512 + 53 tokens, vocabulary 50,304 (Pythia's), one PPO epoch, random weights: GPT-NeoX, width
 128, 6 layers. Each variant is a process of its own; the peak is its largest resident size as the kernel counts it (wait4),
-Python and torch included, which the first row shows alone. The estimate is that of benchmark/dry_run.py. A variant that by
-its estimate does not fit into this machine's free memory is left out, and the table says so.
+Python and torch included, which the first row shows alone. The
+largest takes 6 GiB.
 """
 
 import argparse
 import ast
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -87,23 +86,6 @@ def run(command, folder):
     return usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def estimate(flags, naive, folder):
-    """dry_run.py's total in GiB; naive log-probs keep logits and log-probs of every position, and their gradient."""
-    command = [sys.executable, os.path.join(ROOT, "benchmark/dry_run.py"), "ppo.py", *flags]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    total = float(re.search(r"^total +([\d.]+)$", done.stdout, re.MULTILINE)[1])
-    size = int(flags[flags.index("--micro-batch-size") + 1]) if "--micro-batch-size" in flags else 64
-    return total + naive * 3 * 4 * size * (PROMPT + RESPONSE) * VOCABULARY / 2**30
-
-
-def free_memory():
-    """GiB that this machine can still give, by its own word; infinite where it does not say."""
-    if not os.path.exists("/proc/meminfo"):
-        return float("inf")
-    with open("/proc/meminfo") as file:
-        return int(re.search(r"MemAvailable: +(\d+) kB", file.read())[1]) / 2**20
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
@@ -114,18 +96,14 @@ if __name__ == "__main__":
         flags = ["--dataset", "dataset", "--sft-path", "sft", "--reward-path", "reward", "--eval-rows", "1"]
         flags += ["--prompt-length", str(PROMPT), "--response-length", str(RESPONSE), "--num-ppo-epochs", "1"]
         flags += ["--total-episodes", str(ROWS), "--batch-size", str(ROWS), "--minibatch-size", str(ROWS)]
-        print("| one update of ppo.py | estimate, GiB | peak, GiB | seconds |\n|---|---|---|---|")
-        print(f"| nothing, `--help` | | {run([os.path.join(ROOT, 'ppo.py'), '--help'], folder):.2f} | |", flush=True)
+        print("| one update of ppo.py | peak, GiB | seconds |\n|---|---|---|")
+        print(f"| nothing, `--help` | {run([os.path.join(ROOT, 'ppo.py'), '--help'], folder):.2f} | |", flush=True)
         for number, name in enumerate(args.variants):
             naive, more = VARIANTS[name]
-            expected, free = estimate([*flags, *more], naive, folder), free_memory()
-            if expected > 0.9 * free:
-                print(f"| {name} | {expected:.2f} | left out: {free:.1f} are free | |", flush=True)
-                continue
             script, run_name = os.path.join(folder if naive else ROOT, "ppo.py"), f"run_{number}"
             out = ["--run-name", run_name, "--output-dir", f"out_{number}"]
             peak = run([script, *flags, *more, *out], folder)
             with open(os.path.join(folder, "runs", run_name, "metrics.jsonl")) as file:
                 metrics = json.loads(file.readlines()[-1])
             seconds = sum(value for key, value in metrics.items() if key in STAGES)
-            print(f"| {name} | {expected:.2f} | {peak:.2f} | {seconds:.1f} |", flush=True)
+            print(f"| {name} | {peak:.2f} | {seconds:.1f} |", flush=True)

@@ -1,6 +1,6 @@
 """Does a Pythia-1B-shaped DR-PO update fit and hold on a GPU? Three real updates, random weights, seconds and peak memory.
 
-    python benchmark/pythia_1b_gpu.py                      # one GPU; by benchmark/dry_run.py's estimate about 44 GiB
+    python benchmark/pythia_1b_gpu.py                      # one GPU with 80 GB
     python benchmark/pythia_1b_gpu.py --tiny               # seconds on a CPU: does this script itself work?
 
 Policy, reward model and critic of 1 billion random weights each, bfloat16 matrix products, 64 episodes an update at 512 + 53

@@ -114,7 +114,7 @@ def load_weights(path, args):
             fail(f"--policy {path}: cannot read {saved[-1].name}: {(str(error) or repr(error)).splitlines()[0]}")
     if not path:
         return {}
-    models.build_missing((path, POLICY, "drpo.py"))
+    models.build_missing(path)
     policy = models.load_model(AutoModelForCausalLM, path, models.load(AutoTokenizer, args.sft_path), args, "cpu")
     return {f"policy.{name}": weight for name, weight in policy.named_parameters()}
 

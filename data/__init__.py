@@ -1,1 +1,12 @@
-"""What the scripts run on without a hub: the embedded task and a model for it."""
+"""What the scripts run on without a hub: the embedded tasks, a model for them, and how their models are made."""
+
+# folder -> the script that trains it, with its flags; the scripts run that themselves where the folder is missing
+COMMANDS = {f"models/{name}": (f"{name}.py",) for name in ("sft", "dpo", "ppo", "drpo")}
+COMMANDS |= {"models/reward": ("reward_model.py",)}
+COMMANDS |= {
+    "models/transcription": (
+        "sft.py",
+        *("--dataset", "data/transcription", "--base-model", "data/transcription/base", "--num-epochs", "6"),
+        *("--output-dir", "models/transcription"),
+    )
+}

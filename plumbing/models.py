@@ -15,6 +15,7 @@ from filelock import FileLock
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, DynamicCache
 
+from data import COMMANDS
 from plumbing import ROOT, fail, find, inputs, new_folder, writing
 from plumbing.logits import output_head
 from plumbing.processes import barrier, rank
@@ -93,8 +94,7 @@ def check_fit(model, path, tokenizer, length):
         fail(f"{path} has {positions} positions; --prompt-length and --response-length add up to {length}")
     if find(path) != tokenizer.name_or_path and load(AutoTokenizer, path).get_vocab() != tokenizer.get_vocab():
         fail(f"{path} has another vocabulary than {tokenizer.name_or_path}")
-    scalar = "SequenceClassification" in type(model).__name__
-    if scalar and (model.config.num_labels != 1 or not hasattr(model, "score")):
+    if model.get_output_embeddings() is None and not (model.config.num_labels == 1 and hasattr(model, "score")):
         fail(f"{path} is no reward model of a decoder: it must have exactly one output, named score")
 
 
@@ -157,27 +157,27 @@ def content_id(path):
 
 
 def build_missing(*wanted):
-    """Checks every checkpoint (path, default path, script) that the user named, then trains the missing defaults."""
-    for path, default, script in sorted(wanted, key=lambda item: item[0] == item[1]):
+    """Checks the models at the paths, then trains those that are missing and of which data/__init__.py says how."""
+    for path in sorted(wanted, key=COMMANDS.__contains__):
         is_there = partial(os.path.exists, os.path.join(path, "config.json"))
         if path.endswith(".py"):
             load_reward(path)
-        elif path != default:
+        elif path not in COMMANDS:
             load(AutoTokenizer, path)
         elif not is_there() and os.environ.get("RANK", "0") == "0":
             with writing(f"the folder {path}"):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 with FileLock(f"{path}.lock"):  # a second first run waits here
                     if not is_there():
-                        build(path, script)
+                        build(path, *COMMANDS[path])
     barrier()
 
 
-def build(path, script):
+def build(path, script, *flags):
     """Runs a script alone; a signal goes on to it, which ends it and then this program."""
-    print(f"{path} does not exist yet: running {script} on the embedded task first", flush=True)
+    print(f"{path} does not exist yet: running {' '.join((script, *flags))} first", flush=True)
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    child = subprocess.Popen([sys.executable, os.path.join(ROOT, script)], env=alone)
+    child = subprocess.Popen([sys.executable, os.path.join(ROOT, script), *flags], env=alone)
     handlers = {n: signal.signal(n, lambda *_: child.terminate()) for n in (signal.SIGINT, signal.SIGTERM)}
     if child.wait() != 0:  # note: by a second SIGINT, after a terminal's own, it would not finish its update
         fail(f"{script} did not finish")

@@ -21,6 +21,7 @@ from test_errors import BASE, fails, save_random
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo
+from data import COMMANDS
 from plumbing import find, models
 from plumbing.tokens import pad
 
@@ -321,45 +322,50 @@ SFT, REWARD = "models/sft", "models/reward"
 
 def test_missing_defaults_are_trained_in_order(started, capsys):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    models.build_missing((SFT, SFT, "sft.py"), (REWARD, REWARD, "reward_model.py"))
+    models.build_missing(SFT, REWARD)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     scripts = [str(ROOT / name) for name in ("sft.py", "reward_model.py")]
     assert started.commands == [[sys.executable, script] for script in scripts]
     assert f"{REWARD} does not exist yet: running reward_model.py" in capsys.readouterr().out
 
 
+def test_a_model_of_a_task_is_trained_with_its_flags(started):
+    models.build_missing("models/transcription")
+    ((_, script, *flags),) = started.commands
+    assert script == str(ROOT / "sft.py") and flags == list(COMMANDS["models/transcription"][1:])
+    assert flags[flags.index("--output-dir") + 1] == "models/transcription"
+
+
 def test_what_is_there_is_not_trained_again(started):
     os.makedirs(SFT)
     Path(SFT, "config.json").touch()
-    models.build_missing((SFT, SFT, "sft.py"))
+    models.build_missing(SFT)
     assert not started.commands
     Path(SFT, "config.json").unlink()  # what a save that was killed leaves
-    models.build_missing((SFT, SFT, "sft.py"))
+    models.build_missing(SFT)
     assert started.commands
 
 
 def test_what_the_user_names_is_checked_first(started, sft, capsys):
-    wanted = ((SFT, SFT, "sft.py"), ("no/such/reward", REWARD, "reward_model.py"))
-    fails(capsys, "cannot load no/such/reward", models.build_missing, *wanted)
+    fails(capsys, "cannot load no/such/reward", models.build_missing, SFT, "no/such/reward")
     assert not started.commands
-    models.build_missing((str(sft), SFT, "sft.py"))  # named and there
+    models.build_missing(str(sft))  # named and there
     assert not started.commands
 
 
 def test_training_that_fails_ends_the_program(started, capsys):
     started.code = 1
-    wanted = ((SFT, SFT, "sft.py"), (REWARD, REWARD, "reward_model.py"))
-    fails(capsys, "sft.py did not finish", models.build_missing, *wanted)
+    fails(capsys, "sft.py did not finish", models.build_missing, SFT, REWARD)
     assert len(started.commands) == 1
 
 
 def test_one_process_of_torchrun_trains_alone(started, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    models.build_missing((SFT, SFT, "sft.py"))
+    models.build_missing(SFT)
     assert not started.commands
     monkeypatch.setenv("RANK", "0")
-    models.build_missing((SFT, SFT, "sft.py"))
+    models.build_missing(SFT)
     (environment,) = started.environments
     assert "PATH" in environment and not {"RANK", "WORLD_SIZE"} & environment.keys()
 
@@ -367,7 +373,7 @@ def test_one_process_of_torchrun_trains_alone(started, monkeypatch):
 def test_of_two_first_runs_the_second_waits(started):
     os.makedirs("models")
     lock = FileLock(f"{SFT}.lock").acquire()
-    second = threading.Thread(target=models.build_missing, args=((SFT, SFT, "sft.py"),))
+    second = threading.Thread(target=models.build_missing, args=(SFT,))
     second.start()
     second.join(timeout=0.3)
     assert second.is_alive() and not started.commands
@@ -407,7 +413,7 @@ def test_a_signal_ends_what_is_trained_first(number, tmp_path, monkeypatch, caps
     with signals_as_they_were():
         signal.signal(number, not_passed_on)
         threading.Thread(target=send).start()
-        fails(capsys, "sft.py did not finish", models.build_missing, (SFT, SFT, "sft.py"))
+        fails(capsys, "sft.py did not finish", models.build_missing, SFT)
     assert os.path.exists("ended")  # it was waited for
 
 
@@ -452,7 +458,7 @@ def test_an_adapter_is_no_model(sft, tmp_path, capsys):
     peft.get_peft_model(load(sft, sft), peft.LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
     fails(capsys, f"{tmp_path} holds LoRA adapters alone", load, tmp_path, sft)
     fails(capsys, f"{tmp_path} holds LoRA adapters alone", models.load, AutoTokenizer, str(tmp_path))
-    fails(capsys, f"{tmp_path} holds LoRA adapters alone", models.build_missing, (str(tmp_path), SFT, "sft.py"))
+    fails(capsys, f"{tmp_path} holds LoRA adapters alone", models.build_missing, str(tmp_path))
 
 
 def test_an_encoder_is_no_reward_model(tmp_path, capsys):

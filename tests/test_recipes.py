@@ -100,7 +100,7 @@ def test_every_step_of_a_recipe_would_start(recipe, hub, tmp_path):
         done = dry_run(*own, *words, cwd=tmp_path / "run")
         assert done.returncode == 0, done.stderr
         assert f"dry run of {words[0]}: it would start" in done.stdout
-        assert len(re.findall(r"^total +\d", done.stdout, re.MULTILINE)) == 1
+        assert len(re.findall(r"^together +\d", done.stdout, re.MULTILINE)) == 1
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_dry_run_of_a_recipe(recipe, hub):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.findall("dry run of (.*): it would start", done.stdout) == list(RECIPES[recipe])
-    assert len(re.findall(r"^total +\d", done.stdout, re.MULTILINE)) == len(RECIPES[recipe])
+    assert len(re.findall(r"^together +\d", done.stdout, re.MULTILINE)) == len(RECIPES[recipe])
     assert not os.path.exists(hub["MODELS"]) and not list(Path(hub["TMPDIR"]).rglob("*.json"))
     assert {path for path in ROOT.glob("*/*") if path.parent.name in ("runs", "models")} == before
 
