@@ -1,0 +1,52 @@
+"""Other rules for the reset point: drpo.py with another sample_reset_len, on data/transcription.
+
+    python benchmark/reset_rules.py                 # about ten minutes on two cores; goes on where it was stopped
+    python benchmark/plot.py reset_rules            # the figure, from reset_rules.json, which every call writes
+
+Each rule is a diff of at most 15 changed lines in benchmark/resets/, applied to a copy of drpo.py: a reset rule is one
+function. All rows are reset (beta 1), as those papers do. Every run sees 256 rows 20 times each, because a rule that adapts
+to a row must meet it again. What else those papers change (losses, prompts, groups) is not taken over.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark.separation import EPISODES, cell_of, name_of, rl_command, train_policies, write_runs
+from benchmark.sweep import ROOT, sweep
+
+OUT = ROOT / "benchmark/reset_rules.json"
+RULES, LENGTHS = ("uniform", "backward", "cosine", "adaptive"), (6, 8, 10, 12)
+
+
+def write_script(folder, rule):
+    """drpo.py with benchmark/resets/RULE.diff -> its path. Uniform is the paper's rule, which drpo.py has."""
+    folder = Path(folder, rule)
+    folder.mkdir()
+    (folder / "drpo.py").write_bytes((ROOT / "drpo.py").read_bytes())
+    if rule != "uniform":
+        subprocess.run(["git", "apply", ROOT / f"benchmark/resets/{rule}.diff"], cwd=folder, check=True)
+    return folder / "drpo.py"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
+    args = parser.parse_args()
+    usual = {"beta": 1, "kl_coef": 0.01, "episodes": EPISODES}
+    runs = [{"length": n, "seed": s, **usual, "rule": r} for s in args.seeds for n in LENGTHS for r in RULES]
+    train_policies(runs, args.workers)
+    with tempfile.TemporaryDirectory() as folder:  # outside of the checkout, where git applies to what it finds
+        scripts = {rule: write_script(folder, rule) for rule in RULES}
+        rows = ["--max-rows", 256, "--save-every", EPISODES]  # no checkpoint: what a rule remembers is in none
+        sweep("RL", {name_of(run): [*rl_command(run, scripts[run["rule"]]), *rows] for run in runs}, args.workers)
+    runs = write_runs(OUT, runs)
+    print("\nepisodes to 50% of held-out lists copied right, mean (range) over seeds; share at the end\n")
+    print("| digits | " + " | ".join(RULES) + " |" + "\n" + "|---" * (len(RULES) + 1) + "|")
+    for length in LENGTHS:
+        print(f"| {length} | " + " | ".join(cell_of(runs, length=length, rule=rule) for rule in RULES) + " |")

@@ -1,0 +1,137 @@
+"""Where resets matter: episodes to success against the length of the list, on data/transcription; DR-PO against PPO.
+
+    python benchmark/separation.py                  # about an hour on two cores; goes on where it was stopped
+    python benchmark/separation.py --seeds 1        # a fifth of it
+    python benchmark/plot.py separation             # the figure, from separation.json, which every call writes
+
+A list of L digits is copied by a policy that starts right with probability 0.3 a digit (as its writers are), so that a whole
+copy succeeds by chance with probability 0.3^L. The reward is 1 for a whole copy and else 0. For every seed the supervised
+policy is trained from scratch. beta 0 is PPO (drpo.py --beta 0 equals ppo.py). PPO alone is also followed without the KL
+penalty, which pulls it back to the supervised policy between rare successes, and for four times the episodes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark.sweep import ROOT, curve, sweep
+
+OUT = ROOT / "benchmark/separation.json"
+LENGTHS, BETAS, EPISODES = (2, 4, 6, 8, 10, 12), (0, 0.25, 0.5, 0.75, 1), 5_120
+LONG = 4 * EPISODES
+WALL = [
+    (2, 0, EPISODES),
+    (3, 0, EPISODES),
+    (4, 0, EPISODES),
+    (5, 0, LONG),
+    (6, 0, LONG),
+    (6, 0.01, LONG),
+]  # of PPO alone
+
+
+def data_of(length):
+    return f"runs/separation_data_{length}"
+
+
+def sft_of(length, seed):
+    return f"models/separation_sft_{length}_{seed}"
+
+
+def settings(seeds):
+    """Of every run of RL, the seeds outside, so that what is done first is already a picture."""
+    for seed in seeds:
+        for length in LENGTHS:
+            for beta in BETAS:
+                yield {"length": length, "seed": seed, "beta": beta, "kl_coef": 0.01, "episodes": EPISODES}
+        for length, kl, episodes in WALL:
+            yield {"length": length, "seed": seed, "beta": 0, "kl_coef": kl, "episodes": episodes}
+
+
+def name_of(setting):
+    """Of its run and its model."""
+    numbers = [f"{setting[name]:g}" for name in ("length", "seed", "beta", "kl_coef", "episodes")]
+    return "_".join(["separation", *numbers, *([setting["rule"]] if "rule" in setting else [])])
+
+
+def success(name):
+    """-> episodes and share of right copies at every evaluation; a response without EOS scores -1, so that is added back."""
+    scores, ends = curve(name, "eval/score"), curve(name, "eval/eos")
+    return [x for x, _ in scores], [round(score + 1 - eos, 3) for (_, score), (_, eos) in zip(scores, ends)]
+
+
+def sft_command(length, seed):
+    flags = ["--dataset", data_of(length), "--base-model", "data/transcription/base", "--num-epochs", 6, "--seed", seed]
+    return ["sft.py", *flags, "--output-dir", sft_of(length, seed)]
+
+
+def rl_command(setting, script="drpo.py"):
+    """drpo.py's defaults, but for what the task needs: resets into right copies, its reward and a smaller KL coefficient."""
+    flags = ["--dataset", data_of(setting["length"]), "--reset-column", "answer"]
+    flags += ["--sft-path", sft_of(setting["length"], setting["seed"]), "--reward-path", "data/transcription/reward.py"]
+    flags += ["--beta", setting["beta"], "--kl-coef", setting["kl_coef"], "--seed", setting["seed"]]
+    flags += ["--total-episodes", setting["episodes"], "--eval-every", 5 if setting["episodes"] == EPISODES else 10]
+    return [script, *flags, "--eval-rows", 200, "--output-dir", f"models/{name_of(setting)}"]
+
+
+def reached(run, share):
+    """Episodes until `share` of the held-out lists were copied right; None within the budget."""
+    return next((x for x, success in zip(run["at"], run["success"]) if success >= share), None)
+
+
+def of(runs, **wanted):
+    return [run for run in runs if all(run[name] == value for name, value in wanted.items())]
+
+
+def cell_of(runs, **wanted):
+    """Episodes until half of the lists are right, mean and range over seeds; how many never got there; share at the end."""
+    part = of(runs, **wanted)
+    found = [x for run in part if (x := reached(run, 0.5)) is not None]
+    never = f"{len(part) - len(found)} of {len(part)} never" * (len(found) < len(part))
+    times = f"{mean(found):,.0f} ({min(found):,} to {max(found):,})" if found else ""
+    return f"{', '.join(filter(None, (times, never)))}; {mean(run['success'][-1] for run in part):.2f}" if part else ""
+
+
+def print_tables(runs):
+    print("\nepisodes to 50% of held-out lists copied right, mean (range) over seeds; share at the end\n")
+    titles = ["PPO (beta 0)" if beta == 0 else f"beta {beta:g}" for beta in BETAS]
+    print("| digits, chance | " + " | ".join(titles) + " |\n" + "|---" * (len(BETAS) + 1) + "|")
+    for n in LENGTHS:
+        cells = [cell_of(runs, length=n, beta=beta, kl_coef=0.01, episodes=EPISODES) for beta in BETAS]
+        print(f"| {n}, {0.3**n:.1g} | " + " | ".join(cells) + " |")
+    print("\nPPO alone\n\n| digits | KL coefficient | episodes | |\n|---|---|---|---|")
+    for n, kl, episodes in WALL:
+        print(f"| {n} | {kl:g} | {episodes:,} | {cell_of(runs, length=n, beta=0, kl_coef=kl, episodes=episodes)} |")
+
+
+def train_policies(runs, workers):
+    """The data of every length, the supervised policy of every length and seed."""
+    pairs = dict.fromkeys((run["length"], run["seed"]) for run in runs)
+    for length in dict.fromkeys(length for length, _ in pairs):
+        command = ["data/transcription/generate.py", "--length", str(length), "--out", data_of(length)]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    commands = {f"separation_sft_{length}_{seed}": sft_command(length, seed) for length, seed in pairs}
+    sweep("supervised policies", commands, workers)
+
+
+def write_runs(path, runs):
+    """What the runs logged, into the JSON beside what is there; -> all that is in it now."""
+    known = {name_of(run): run for run in (json.loads(path.read_text()) if path.exists() else ())}
+    known |= {name_of(run): run | dict(zip(("at", "success"), success(name_of(run)))) for run in runs}
+    path.write_text("[\n" + ",\n".join(json.dumps(known[name]) for name in sorted(known)) + "\n]\n")
+    return list(known.values())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
+    args = parser.parse_args()
+    runs = list(settings(args.seeds))
+    train_policies(runs, args.workers)
+    sweep("RL", {name_of(run): rl_command(run) for run in runs}, args.workers)
+    print_tables(write_runs(OUT, runs))

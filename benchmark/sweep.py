@@ -1,0 +1,46 @@
+"""What the sweeps share: many runs of the scripts, as many at a time as there are cores; a run that is done is not done again."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+ONE_CORE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run(name, script, *flags):
+    """One run on one core, with what it prints in runs/NAME.log; where it was stopped before, it goes on."""
+    if (ROOT / f"runs/{name}/result.json").exists():
+        return
+    go_on = ["--resume", name] if (ROOT / f"runs/{name}/args.json").exists() else ["--run-name", name]
+    command = [sys.executable, str(script), *map(str, flags), *go_on]
+    log = ROOT / f"runs/{name}.log"
+    log.parent.mkdir(exist_ok=True)
+    with open(log, "a") as file:
+        code = subprocess.run(command, cwd=ROOT, env=os.environ | ONE_CORE, stdout=file, stderr=file).returncode
+    if code != 0:
+        tail = log.read_text(errors="replace")[-1000:]
+        raise RuntimeError(f"{' '.join(command)} ended with {code}; the end of {log}:\n{tail}")
+
+
+def sweep(title, runs, workers):
+    """runs: name -> script and flags. Ends the program at the first that fails, once the others at work have ended."""
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(run, name, *command) for name, command in runs.items()]
+        try:
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc=title, unit="run"):
+                job.result()
+        except (RuntimeError, KeyboardInterrupt) as error:
+            pool.shutdown(cancel_futures=True)
+            sys.exit(str(error) or "stopped; the same command goes on")
+
+
+def curve(name, key):
+    """What a run logged under `key`: [(episodes, number), ...]."""
+    lines = map(json.loads, (ROOT / f"runs/{name}/metrics.jsonl").read_text().splitlines())
+    return [(line["episodes"], line[key]) for line in lines if key in line]
