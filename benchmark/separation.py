@@ -12,11 +12,12 @@ penalty, which pulls it back to the supervised policy between rare successes, an
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import linear_regression, mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark.sweep import ROOT, curve, sweep
@@ -94,6 +95,13 @@ def cell_of(runs, **wanted):
     never = f"{len(part) - len(found)} of {len(part)} never" * (len(found) < len(part))
     times = f"{mean(found):,.0f} ({min(found):,} to {max(found):,})" if found else ""
     return f"{', '.join(filter(None, (times, never)))}; {mean(run['success'][-1] for run in part):.2f}" if part else ""
+
+
+def growth(times, logarithmic=False):
+    """Least squares over length -> episodes of every seed: episodes a digit, or the factor for two digits more."""
+    points = [(length, math.log(x) if logarithmic else x) for length, found in times.items() for x in found]
+    slope = linear_regression(*zip(*points)).slope
+    return math.exp(2 * slope) if logarithmic else slope
 
 
 def print_tables(runs):

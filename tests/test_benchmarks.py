@@ -197,6 +197,68 @@ def start_speed(cwd, _):
     assert speed.pass_parts(cwd / "tiny", 64, passes=1)["matrix products"] > 0
 
 
+def start_sweep(cwd, _):
+    """Each run once; what was stopped goes on by its name; the first that fails ends the program and says why."""
+    sweep = module("sweep.py")
+    (cwd / "fake.py").write_text(FAKE)
+    with mock.patch.object(sweep, "ROOT", cwd):
+        runs = {"a": ["fake.py", "--x", 1], "b": ["fake.py"]}
+        (cwd / "runs/b").mkdir(parents=True)
+        (cwd / "runs/b/args.json").touch()
+        for _ in range(2):
+            sweep.sweep("title", runs, workers=2)
+        assert sorted((cwd / "calls").read_text().splitlines()) == ["--resume b", "--x 1 --run-name a"]
+        assert sweep.curve("a", "eval/x") == [(0, 1), (8, 2)]
+        with pytest.raises(SystemExit, match="what went wrong"):
+            sweep.sweep("title", {"c": ["fake.py", "fail"]}, workers=1)
+
+
+def start_separation(cwd, _):
+    """One small run of its command, from a random policy; what it logged is what the tables are made of."""
+    separation, base = module("separation.py"), ROOT / "data/transcription/base"
+    torch.manual_seed(1)
+    run = {"length": 2, "seed": 1, "beta": 0.5, "kl_coef": 0.01, "episodes": 5120}
+    name, data, sft = separation.name_of(run), cwd / separation.data_of(2), cwd / separation.sft_of(2, 1)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).save_pretrained(sft)
+    AutoTokenizer.from_pretrained(base).save_pretrained(sft)
+    (cwd / "data").symlink_to(ROOT / "data")
+    run_here("data/transcription/generate.py", "--length", 2, "--rows", 16, "--out", data, cwd=cwd)
+    script, *flags = separation.rl_command(run)
+    run_here(script, *flags, *RL, "--eval-every", 1, "--response-length", 8, "--run-name", name, cwd=cwd)
+    metrics = read_metrics(cwd / "runs" / name, start=0)
+    with mock.patch.object(separation.sys.modules["benchmark.sweep"], "ROOT", cwd):
+        (found,) = separation.write_runs(cwd / "out.json", [run])
+        again = separation.write_runs(cwd / "out.json", [])
+    assert [found] == again and found["at"] == [0, 8, 16]
+    assert found["success"] == [round(x["eval/score"] + 1 - x["eval/eos"], 3) for x in metrics] == [0] * 3
+    runs = [run | {"at": [0, 8, 16], "success": success} for success in ([0, 0.5, 0.9], [0, 0.2, 0.5], [0, 0.1, 0.3])]
+    assert separation.cell_of(runs, length=2) == "12 (8 to 16), 1 of 3 never; 0.57"
+    assert separation.cell_of(runs, length=4) == ""
+    assert separation.growth({4: [1000], 6: [4000], 8: [16000]}, logarithmic=True) == pytest.approx(4)
+    assert separation.growth({4: [1000, 3000], 8: [3000]}) == pytest.approx(250)
+
+
+def start_reset_rules(cwd, folder):
+    """Each rule in a real run on posts, whose answers differ in length."""
+    found, data = module("reset_rules.py"), write_dataset(cwd / "data", "reference", (16, 8, 8))
+    for rule in found.RULES:
+        flags = ("--dataset", data, "--sft-path", folder / "sft", "--reward-path", folder / "reward", *RL)
+        script = found.write_script(cwd, rule)
+        run_here(script, *flags, "--run-name", rule, "--output-dir", f"models/{rule}", cwd=cwd)
+    uniform, *others = (read_metrics(cwd / "runs" / rule) for rule in found.RULES)
+    assert all(other[0]["reset/length"] != uniform[0]["reset/length"] for other in others)
+
+
+def start_plot(cwd, _):
+    names = [*module("plot.py").FIGURES]
+    run_here("benchmark/plot.py", "--out", cwd, cwd=cwd)
+    assert sorted(path.name for path in cwd.iterdir()) == sorted(
+        f"{name}.{x}" for name in names for x in ("png", "svg")
+    )
+    for path in cwd.glob("*.svg"):  # the committed figures are those of the committed numbers
+        assert path.read_bytes() == (ROOT / "docs" / path.name).read_bytes()
+
+
 def start_one_file(*_):
     assert "def load_rows" in module("one_file.py").one_file(str(ROOT / "sft.py"))
 
@@ -207,6 +269,20 @@ def start_speed_trl(cwd, _):
     flags = ("--batch", 2, "--updates", 2, "--micro-batch", 2)
     done = run_script("benchmark/speed_trl.py", "dpo", cwd, *flags, cwd=cwd)
     assert len(json.loads(done.stdout.splitlines()[-1])) == 2
+
+
+FAKE = r"""
+import json, os, sys
+if "fail" in sys.argv:
+    sys.exit("what went wrong")
+flag, name = sys.argv[-2:]
+with open("calls", "a") as file:
+    print(*sys.argv[1:], file=file)
+os.makedirs(f"runs/{name}", exist_ok=True)
+for file, text in (("result.json", "{}"), ("metrics.jsonl", '{"episodes": 0, "eval/x": 1}\n{"a": 1}\n{"episodes": 8, "eval/x": 2}')):
+    with open(f"runs/{name}/{file}", "w") as out:
+        out.write(text)
+"""
 
 
 class Slow:

@@ -11,7 +11,9 @@ from conftest import ROOT, read_rows, run_here
 from transformers import AutoTokenizer
 
 from data.tldr_mini.rubric import rubric_score
+from plumbing.rewards import load_reward
 
+COPYING = ROOT / "data/transcription"
 TASK, BASE = ROOT / "data/tldr_mini", ROOT / "data/tiny_pythia"
 FILES = sorted(str(path.relative_to(TASK)) for path in TASK.glob("*/*.jsonl"))
 FACTS = ["my sister", "broke my bike", "in march", "i feel sad"]
@@ -124,3 +126,39 @@ def test_labels_follow_bradley_terry(generate):
     error = np.sqrt((expected * (1 - expected)).sum()) / len(margin)
     assert abs((margin > 0).mean() - expected.mean()) < 3 * error
     assert (margin < 0).any()  # there is noise in the labels
+
+
+# transcription
+def test_the_transcription_task_can_be_regenerated(tmp_path):
+    run_here("data/transcription/generate.py", "--out", tmp_path, "--base", cwd=tmp_path)
+    for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "base/tokenizer.json"):
+        assert (tmp_path / name).read_bytes() == (COPYING / name).read_bytes(), name
+    built, committed = (json.loads((folder / "base/config.json").read_text()) for folder in (tmp_path, COPYING))
+    assert built | {"transformers_version": ""} == committed | {"transformers_version": ""}
+
+
+def test_the_writers_of_lists_are_right_as_often_as_asked(tmp_path):
+    run_here("data/transcription/generate.py", "--out", tmp_path, "--length", 12, "--right", 0.6, cwd=tmp_path)
+    right = []
+    for row in read_rows(tmp_path / "train.jsonl"):
+        assert row["prompt"] == row["answer"] + " ="
+        letters, digits = row["answer"].split()[::2], row["answer"].split()[1::2]
+        assert letters == list("abcdefghijkl") == row["completion"].split()[::2]
+        for digit, written in zip(digits, row["completion"].split()[1::2], strict=True):
+            assert written in (digit, str((int(digit) + 1) % 10))
+            right.append(digit == written)
+    assert len(right) == 48_000 and abs(np.mean(right) - 0.6) < 4 * np.sqrt(0.24 / 48_000)
+
+
+def test_the_base_has_one_token_for_each_letter_and_digit():
+    tokenizer = AutoTokenizer.from_pretrained(COPYING / "base")
+    words = [f"Ġ{word}" for word in ("z", "9", "a", "0", "=")]
+    assert tokenizer.tokenize(" z 9 a 0 =") == words
+
+
+def test_a_list_scores_only_if_it_is_right_as_a_whole():
+    score = load_reward("data/transcription/reward.py")
+    row = read_rows(COPYING / "test.jsonl")[0]
+    answer = row["answer"]
+    texts = [answer, row["completion"], answer[:-2], answer + " i 3", answer[1:], ""]
+    assert score([row] * len(texts), texts) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
