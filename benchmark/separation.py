@@ -66,7 +66,8 @@ def success(name):
 
 
 def sft_command(length, seed):
-    flags = ["--dataset", data_of(length), "--base-model", "data/transcription/base", "--num-epochs", 6, "--seed", seed]
+    flags = ["--dataset", data_of(length), "--base-model", "data/transcription/base", "--seed", seed]
+    flags += ["--num-epochs", 6, "--learning-rate", 4e-3]
     return ["sft.py", *flags, "--output-dir", sft_of(length, seed)]
 
 

@@ -7,6 +7,6 @@ COMMANDS |= {
     "models/transcription": (
         "sft.py",
         *("--dataset", "data/transcription", "--base-model", "data/transcription/base", "--num-epochs", "6"),
-        *("--output-dir", "models/transcription"),
+        *("--learning-rate", "4e-3", "--output-dir", "models/transcription"),
     )
 }
