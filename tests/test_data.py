@@ -162,3 +162,9 @@ def test_a_list_scores_only_if_it_is_right_as_a_whole():
     answer = row["answer"]
     texts = [answer, row["completion"], answer[:-2], answer + " i 3", answer[1:], ""]
     assert score([row] * len(texts), texts) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_a_list_without_letters(tmp_path):
+    run_here("data/transcription/generate.py", "--out", tmp_path, "--length", 3, "--bare", cwd=tmp_path)
+    letters, bare = read_rows(COPYING / "test.jsonl")[0], read_rows(tmp_path / "test.jsonl")[0]
+    assert bare["answer"].split() == letters["answer"].split()[1:7:2] and bare["prompt"] == bare["answer"] + " ="
