@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain on a real pretrained model, SmolLM2-135M-Instruct, without a GPU or a hub: SFT, reward model, PPO, DR-PO.
-#   pip install gguf peft && benchmark/smollm2.sh      about half an hour on two cores, 4 GiB of memory, 4 GB on disk
+#   pip install gguf peft && benchmark/smollm2.sh      about 35 minutes on two cores, 5 GiB of memory, 3 GB on disk
 # The posts of the embedded task; RL climbs the exact rubric, so that what comes out is not the fault of a reward model. The
 # reward model is trained to be looked at: its accuracy, and its scores in the last table. docs/smollm2.md has what came out.
 # The sizes are those of half an hour: 320 episodes are 16 times fewer than the embedded task's default.
