@@ -20,7 +20,7 @@ from benchmark.separation import EPISODES, cell_of, name_of, rl_command, train_p
 from benchmark.sweep import ROOT, sweep
 
 OUT = ROOT / "benchmark/reset_rules.json"
-RULES, LENGTHS = ("uniform", "backward", "cosine", "adaptive"), (6, 8, 10, 12)
+RULES, LENGTHS = ("uniform", "backward", "cosine", "adaptive"), (8, 12)
 
 
 def write_script(folder, rule):
@@ -39,14 +39,14 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     args = parser.parse_args()
     usual = {"beta": 1, "kl_coef": 0.01, "episodes": EPISODES}
-    runs = [{"length": n, "seed": s, **usual, "rule": r} for s in args.seeds for n in LENGTHS for r in RULES]
+    runs = [{"length": n, "seed": s, **usual, "variant": r} for s in args.seeds for n in LENGTHS for r in RULES]
     train_policies(runs, args.workers)
     with tempfile.TemporaryDirectory() as folder:  # outside of the checkout, where git applies to what it finds
         scripts = {rule: write_script(folder, rule) for rule in RULES}
         rows = ["--max-rows", 256, "--save-every", EPISODES]  # no checkpoint: what a rule remembers is in none
-        sweep("RL", {name_of(run): [*rl_command(run, scripts[run["rule"]]), *rows] for run in runs}, args.workers)
+        sweep("RL", {name_of(run): [*rl_command(run, scripts[run["variant"]]), *rows] for run in runs}, args.workers)
     runs = write_runs(OUT, runs)
     print("\nepisodes to 50% of held-out lists copied right, mean (range) over seeds; share at the end\n")
     print("| digits | " + " | ".join(RULES) + " |" + "\n" + "|---" * (len(RULES) + 1) + "|")
     for length in LENGTHS:
-        print(f"| {length} | " + " | ".join(cell_of(runs, length=length, rule=rule) for rule in RULES) + " |")
+        print(f"| {length} | " + " | ".join(cell_of(runs, length=length, variant=rule) for rule in RULES) + " |")

@@ -25,6 +25,8 @@ from benchmark.sweep import ROOT, curve, sweep
 OUT = ROOT / "benchmark/separation.json"
 LENGTHS, BETAS, EPISODES = (2, 4, 6, 8, 10, 12), (0, 0.25, 0.5, 0.75, 1), 5_120
 LONG = 4 * EPISODES
+# the text that resets go into is the writers' own; lists without letters, so that the first token is already a choice
+VARIANTS = [("written", 8, 0.5), ("written", 8, 1), ("bare", 4, 0.5), ("bare", 4, 1), ("bare", 8, 0.5), ("bare", 8, 1)]
 WALL = [
     (2, 0, EPISODES),
     (3, 0, EPISODES),
@@ -35,12 +37,13 @@ WALL = [
 ]  # of PPO alone
 
 
-def data_of(length):
-    return f"runs/separation_data_{length}"
+def data_of(setting):
+    return f"runs/separation_data_{setting['length']}" + "_bare" * (setting.get("variant") == "bare")
 
 
-def sft_of(length, seed):
-    return f"models/separation_sft_{length}_{seed}"
+def sft_of(setting):
+    """Name of the run and folder under models/ of the supervised policy."""
+    return f"separation_sft_{setting['length']}_{setting['seed']}" + "_bare" * (setting.get("variant") == "bare")
 
 
 def settings(seeds):
@@ -51,12 +54,15 @@ def settings(seeds):
                 yield {"length": length, "seed": seed, "beta": beta, "kl_coef": 0.01, "episodes": EPISODES}
         for length, kl, episodes in WALL:
             yield {"length": length, "seed": seed, "beta": 0, "kl_coef": kl, "episodes": episodes}
+        for variant, length, beta in VARIANTS:
+            usual = {"length": length, "seed": seed, "beta": beta, "kl_coef": 0.01, "episodes": EPISODES}
+            yield usual | {"variant": variant}
 
 
 def name_of(setting):
     """Of its run and its model."""
     numbers = [f"{setting[name]:g}" for name in ("length", "seed", "beta", "kl_coef", "episodes")]
-    return "_".join(["separation", *numbers, *([setting["rule"]] if "rule" in setting else [])])
+    return "_".join(["separation", *numbers, *([setting["variant"]] if "variant" in setting else [])])
 
 
 def success(name):
@@ -65,19 +71,19 @@ def success(name):
     return [x for x, _ in scores], [round(score + 1 - eos, 3) for (_, score), (_, eos) in zip(scores, ends)]
 
 
-def sft_command(length, seed):
-    flags = ["--dataset", data_of(length), "--base-model", "data/transcription/base", "--seed", seed]
-    flags += ["--num-epochs", 6, "--learning-rate", 4e-3]
-    return ["sft.py", *flags, "--output-dir", sft_of(length, seed)]
+def sft_command(setting):
+    flags = ["--dataset", data_of(setting), "--base-model", "data/transcription/base", "--seed", setting["seed"]]
+    return ["sft.py", *flags, "--num-epochs", 6, "--learning-rate", 4e-3, "--output-dir", f"models/{sft_of(setting)}"]
 
 
 def rl_command(setting, script="drpo.py"):
     """drpo.py's defaults, but for what the task needs: resets into right copies, its reward and a smaller KL coefficient."""
-    flags = ["--dataset", data_of(setting["length"]), "--reset-column", "answer"]
-    flags += ["--sft-path", sft_of(setting["length"], setting["seed"]), "--reward-path", "data/transcription/reward.py"]
-    flags += ["--beta", setting["beta"], "--kl-coef", setting["kl_coef"], "--seed", setting["seed"]]
-    flags += ["--total-episodes", setting["episodes"], "--eval-every", 5 if setting["episodes"] == EPISODES else 10]
-    return [script, *flags, "--eval-rows", 200, "--output-dir", f"models/{name_of(setting)}"]
+    flags = ["--dataset", data_of(setting), "--sft-path", f"models/{sft_of(setting)}"]
+    flags += ["--reset-column", "completion" if setting.get("variant") == "written" else "answer"]
+    flags += ["--reward-path", "data/transcription/reward.py", "--seed", setting["seed"]]
+    flags += ["--beta", setting["beta"], "--kl-coef", setting["kl_coef"], "--total-episodes", setting["episodes"]]
+    flags += ["--eval-rows", 200, "--eval-every", 5 if setting["episodes"] == EPISODES else 10]
+    return [script, *flags, "--output-dir", f"models/{name_of(setting)}"]
 
 
 def reached(run, share):
@@ -85,8 +91,9 @@ def reached(run, share):
     return next((x for x, success in zip(run["at"], run["success"]) if success >= share), None)
 
 
-def of(runs, **wanted):
-    return [run for run in runs if all(run[name] == value for name, value in wanted.items())]
+def of(runs, variant=None, **wanted):
+    wanted |= {"variant": variant}
+    return [run for run in runs if all(run.get(name) == value for name, value in wanted.items())]
 
 
 def cell_of(runs, **wanted):
@@ -112,6 +119,11 @@ def print_tables(runs):
     for n in LENGTHS:
         cells = [cell_of(runs, length=n, beta=beta, kl_coef=0.01, episodes=EPISODES) for beta in BETAS]
         print(f"| {n}, {0.3**n:.1g} | " + " | ".join(cells) + " |")
+    print(
+        "\nresets into the writers' own text; lists without letters\n\n| variant | digits | beta | |\n|---|---|---|---|"
+    )
+    for variant, n, beta in VARIANTS:
+        print(f"| {variant} | {n} | {beta:g} | {cell_of(runs, length=n, beta=beta, variant=variant)} |")
     print("\nPPO alone\n\n| digits | KL coefficient | episodes | |\n|---|---|---|---|")
     for n, kl, episodes in WALL:
         print(f"| {n} | {kl:g} | {episodes:,} | {cell_of(runs, length=n, beta=0, kl_coef=kl, episodes=episodes)} |")
@@ -119,12 +131,13 @@ def print_tables(runs):
 
 def train_policies(runs, workers):
     """The data of every length, the supervised policy of every length and seed."""
-    pairs = dict.fromkeys((run["length"], run["seed"]) for run in runs)
-    for length in dict.fromkeys(length for length, _ in pairs):
-        command = ["data/transcription/generate.py", "--length", str(length), "--out", data_of(length)]
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    commands = {f"separation_sft_{length}_{seed}": sft_command(length, seed) for length, seed in pairs}
-    sweep("supervised policies", commands, workers)
+    for setting in {data_of(run): run for run in runs}.values():
+        flags = ["--length", setting["length"], "--out", data_of(setting)] + ["--bare"] * data_of(setting).endswith(
+            "bare"
+        )
+        command = [sys.executable, "data/transcription/generate.py", *map(str, flags)]
+        subprocess.run(command, cwd=ROOT, check=True)
+    sweep("supervised policies", {sft_of(run): sft_command(run) for run in runs}, workers)
 
 
 def write_runs(path, runs):

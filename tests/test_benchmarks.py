@@ -218,9 +218,11 @@ def start_separation(cwd, _):
     separation, base = module("separation.py"), ROOT / "data/transcription/base"
     torch.manual_seed(1)
     run = {"length": 2, "seed": 1, "beta": 0.5, "kl_coef": 0.01, "episodes": 5120}
-    name, data, sft = separation.name_of(run), cwd / separation.data_of(2), cwd / separation.sft_of(2, 1)
+    name, data, sft = separation.name_of(run), cwd / separation.data_of(run), cwd / "models" / separation.sft_of(run)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).save_pretrained(sft)
     AutoTokenizer.from_pretrained(base).save_pretrained(sft)
+    names = [separation.name_of(setting) for setting in separation.settings([1, 2])]
+    assert len(names) == len(set(names))
     (cwd / "data").symlink_to(ROOT / "data")
     run_here("data/transcription/generate.py", "--length", 2, "--rows", 16, "--out", data, cwd=cwd)
     script, *flags = separation.rl_command(run)
