@@ -1,15 +1,15 @@
 """Other rules for the reset point: drpo.py with another sample_reset_len, on data/transcription.
 
-    python benchmark/reset_rules.py                 # about ten minutes on two cores; goes on where it was stopped
-    python benchmark/plot.py reset_rules            # the figure, from reset_rules.json, which every call writes
+    python benchmark/reset_rules.py      # about ten minutes on two cores; goes on where it was stopped, writes reset_rules.json
 
-Each rule is a diff of at most 15 changed lines in benchmark/resets/, applied to a copy of drpo.py: a reset rule is one
-function. All rows are reset (beta 1), as those papers do. Every run sees 256 rows 20 times each, because a rule that adapts
+Each rule is a diff of at most 15 changed lines in benchmark/resets/, applied to a copy of drpo.py as it is committed: a reset
+rule is one function. All rows are reset (beta 1), as those papers do. Every run sees 256 rows 20 times each, because a rule that adapts
 to a row must meet it again. What else those papers change (losses, prompts, groups) is not taken over.
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,8 +43,11 @@ if __name__ == "__main__":
     train_policies(runs, args.workers)
     with tempfile.TemporaryDirectory() as folder:  # outside of the checkout, where git applies to what it finds
         scripts = {rule: write_script(folder, rule) for rule in RULES}
-        rows = ["--max-rows", 256, "--save-every", EPISODES]  # no checkpoint: what a rule remembers is in none
-        sweep("RL", {name_of(run): [*rl_command(run, scripts[run["variant"]]), *rows] for run in runs}, args.workers)
+        for run in runs:  # what a rule remembers is in no checkpoint, so a run that was stopped begins again
+            if not (ROOT / f"runs/{name_of(run)}/result.json").exists():
+                shutil.rmtree(ROOT / f"runs/{name_of(run)}", ignore_errors=True)
+        flags = ["--max-rows", 256]
+        sweep("RL", {name_of(run): [*rl_command(run, scripts[run["variant"]]), *flags] for run in runs}, args.workers)
     runs = write_runs(OUT, runs)
     print("\nepisodes to 50% of held-out lists copied right, mean (range) over seeds; share at the end\n")
     print("| digits | " + " | ".join(RULES) + " |" + "\n" + "|---" * (len(RULES) + 1) + "|")

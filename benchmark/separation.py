@@ -2,7 +2,7 @@
 
     python benchmark/separation.py                  # about an hour on two cores; goes on where it was stopped
     python benchmark/separation.py --seeds 1        # a fifth of it
-    python benchmark/plot.py separation             # the figure, from separation.json, which every call writes
+    python benchmark/plot.py separation             # the figure, from separation.json, written after every seed
 
 A list of L digits is copied by a policy that starts right with probability 0.3 a digit (as its writers are), so that a whole
 copy succeeds by chance with probability 0.3^L. The reward is 1 for a whole copy and else 0. For every seed the supervised
@@ -46,17 +46,16 @@ def sft_of(setting):
     return f"separation_sft_{setting['length']}_{setting['seed']}" + "_bare" * (setting.get("variant") == "bare")
 
 
-def settings(seeds):
-    """Of every run of RL, the seeds outside, so that what is done first is already a picture."""
-    for seed in seeds:
-        for length in LENGTHS:
-            for beta in BETAS:
-                yield {"length": length, "seed": seed, "beta": beta, "kl_coef": 0.01, "episodes": EPISODES}
-        for length, kl, episodes in WALL:
-            yield {"length": length, "seed": seed, "beta": 0, "kl_coef": kl, "episodes": episodes}
-        for variant, length, beta in VARIANTS:
-            usual = {"length": length, "seed": seed, "beta": beta, "kl_coef": 0.01, "episodes": EPISODES}
-            yield usual | {"variant": variant}
+def settings(seed):
+    """Of every run of RL."""
+    usual = {"seed": seed, "kl_coef": 0.01, "episodes": EPISODES}
+    for length in LENGTHS:
+        for beta in BETAS:
+            yield usual | {"length": length, "beta": beta}
+    for length, kl, episodes in WALL:
+        yield {"length": length, "seed": seed, "beta": 0, "kl_coef": kl, "episodes": episodes}
+    for variant, length, beta in VARIANTS:
+        yield usual | {"length": length, "beta": beta, "variant": variant}
 
 
 def name_of(setting):
@@ -141,11 +140,12 @@ def train_policies(runs, workers):
 
 
 def write_runs(path, runs):
-    """What the runs logged, into the JSON beside what is there; -> all that is in it now."""
+    """What the runs logged, into the JSON, in the place of what it had of them; -> with what they logged."""
     known = {name_of(run): run for run in (json.loads(path.read_text()) if path.exists() else ())}
-    known |= {name_of(run): run | dict(zip(("at", "success"), success(name_of(run)))) for run in runs}
+    found = {name_of(run): run | dict(zip(("at", "success"), success(name_of(run)))) for run in runs}
+    known |= found
     path.write_text("[\n" + ",\n".join(json.dumps(known[name]) for name in sorted(known)) + "\n]\n")
-    return list(known.values())
+    return list(found.values())
 
 
 if __name__ == "__main__":
@@ -153,7 +153,10 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     args = parser.parse_args()
-    runs = list(settings(args.seeds))
-    train_policies(runs, args.workers)
-    sweep("RL", {name_of(run): rl_command(run) for run in runs}, args.workers)
-    print_tables(write_runs(OUT, runs))
+    found = []
+    for seed in args.seeds:  # one after the other, so that what is done first is already a picture
+        runs = list(settings(seed))
+        train_policies(runs, args.workers)
+        sweep(f"seed {seed}", {name_of(run): rl_command(run) for run in runs}, args.workers)
+        found += write_runs(OUT, runs)
+        print_tables(found)

@@ -221,7 +221,7 @@ def start_separation(cwd, _):
     name, data, sft = separation.name_of(run), cwd / separation.data_of(run), cwd / "models" / separation.sft_of(run)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).save_pretrained(sft)
     AutoTokenizer.from_pretrained(base).save_pretrained(sft)
-    names = [separation.name_of(setting) for setting in separation.settings([1, 2])]
+    names = [separation.name_of(setting) for seed in (1, 2) for setting in separation.settings(seed)]
     assert len(names) == len(set(names))
     (cwd / "data").symlink_to(ROOT / "data")
     run_here("data/transcription/generate.py", "--length", 2, "--rows", 16, "--out", data, cwd=cwd)
@@ -230,8 +230,8 @@ def start_separation(cwd, _):
     metrics = read_metrics(cwd / "runs" / name, start=0)
     with mock.patch.object(separation.sys.modules["benchmark.sweep"], "ROOT", cwd):
         (found,) = separation.write_runs(cwd / "out.json", [run])
-        again = separation.write_runs(cwd / "out.json", [])
-    assert [found] == again and found["at"] == [0, 8, 16]
+        assert separation.write_runs(cwd / "out.json", []) == []
+    assert [found] == json.loads((cwd / "out.json").read_text()) and found["at"] == [0, 8, 16]
     assert found["success"] == [round(x["eval/score"] + 1 - x["eval/eos"], 3) for x in metrics] == [0] * 3
     runs = [run | {"at": [0, 8, 16], "success": success} for success in ([0, 0.5, 0.9], [0, 0.2, 0.5], [0, 0.1, 0.3])]
     assert separation.cell_of(runs, length=2) == "12 (8 to 16), 1 of 3 never; 0.57"
