@@ -25,16 +25,9 @@ from benchmark.sweep import ROOT, curve, sweep
 OUT = ROOT / "benchmark/separation.json"
 LENGTHS, BETAS, EPISODES = (2, 4, 6, 8, 10, 12), (0, 0.25, 0.5, 0.75, 1), 5_120
 LONG = 4 * EPISODES
+WALL = [(n, 0, EPISODES if n < 5 else LONG) for n in range(2, 9)] + [(6, 0.01, LONG)]  # of PPO alone
 # the text that resets go into is the writers' own; lists without letters, so that the first token is already a choice
 VARIANTS = [("written", 8, 0.5), ("written", 8, 1), ("bare", 4, 0.5), ("bare", 4, 1), ("bare", 8, 0.5), ("bare", 8, 1)]
-WALL = [
-    (2, 0, EPISODES),
-    (3, 0, EPISODES),
-    (4, 0, EPISODES),
-    (5, 0, LONG),
-    (6, 0, LONG),
-    (6, 0.01, LONG),
-]  # of PPO alone
 
 
 def data_of(setting):
@@ -111,6 +104,13 @@ def growth(times, logarithmic=False):
     return math.exp(2 * slope) if logarithmic else slope
 
 
+def print_growth(name, times, logarithmic=False):
+    times = {n: found for n, found in times.items() if found and None not in found}
+    if len(times) > 1:
+        more = growth(times, logarithmic)
+        print(f"{name}: " + (f"{more:.1f} times as many" if logarithmic else f"{2 * more:,.0f} more"))
+
+
 def print_tables(runs):
     print("\nepisodes to 50% of held-out lists copied right, mean (range) over seeds; share at the end\n")
     titles = ["PPO (beta 0)" if beta == 0 else f"beta {beta:g}" for beta in BETAS]
@@ -123,6 +123,12 @@ def print_tables(runs):
     )
     for variant, n, beta in VARIANTS:
         print(f"| {variant} | {n} | {beta:g} | {cell_of(runs, length=n, beta=beta, variant=variant)} |")
+    print("\ntwo digits more take, fitted to the seeds' episodes to 50% where all seeds got there:")
+    alone = {n: [reached(run, 0.5) for run in of(runs, length=n, beta=0, kl_coef=0)] for n in range(5, 9)}
+    print_growth("PPO without KL penalty, from 5 digits on", alone, logarithmic=True)
+    for beta in BETAS[1:]:
+        parts = {n: of(runs, length=n, beta=beta, episodes=EPISODES) for n in LENGTHS}
+        print_growth(f"beta {beta:g}", {n: [reached(run, 0.5) for run in part] for n, part in parts.items()})
     print("\nPPO alone\n\n| digits | KL coefficient | episodes | |\n|---|---|---|---|")
     for n, kl, episodes in WALL:
         print(f"| {n} | {kl:g} | {episodes:,} | {cell_of(runs, length=n, beta=0, kl_coef=kl, episodes=episodes)} |")
