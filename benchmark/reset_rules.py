@@ -35,7 +35,7 @@ def write_script(folder, rule):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     args = parser.parse_args()
     usual = {"beta": 1, "kl_coef": 0.01, "episodes": EPISODES}
