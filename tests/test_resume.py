@@ -532,7 +532,8 @@ def test_samples_and_table_come_after_everything_is_saved(folder, monkeypatch):
 
 def test_ctrl_c_is_a_quiet_end_outside_of_the_updates(folder):
     code = f"""
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background of a shell does not have
 sys.path.insert(0, {str(ROOT)!r})
 from dataclasses import dataclass
 from plumbing.flags import read_args
