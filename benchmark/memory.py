@@ -4,8 +4,8 @@
 
 One update of 64 episodes at 512 + 53 tokens, vocabulary 50,304 (Pythia's), one PPO epoch, random weights: GPT-NeoX, width
 128, 6 layers. Each variant is a process of its own; the peak is its largest resident size as the kernel counts it (wait4),
-Python and torch included, which the first row shows alone. The
-largest takes 6 GiB.
+Python and torch included, which the first row shows alone.
+The largest takes 6 GiB.
 """
 
 import argparse
