@@ -1,9 +1,9 @@
 r"""Supervised fine-tuning (SFT): the policy that ppo.py, drpo.py and dpo.py start from and stay near.
 
-Next-token loss on the dataset's responses. A base model folder without weights (data/tiny_pythia) is initialised from
-its config; with the prompt tokens in the loss, as in the official code, that run doubles as its pretraining.
+Next-token loss on the dataset's responses, and on the prompts too, as in the official code. The embedded task starts from
+a small pretrained model; a base model folder without weights (data/tiny_pythia) is initialised from its config.
 
-    python sft.py                                          # embedded task, about a minute and a half on two cores
+    python sft.py                                          # embedded task, half a minute on two cores
     python sft.py --base-model EleutherAI/pythia-1b-deduped --dataset trl-lib/tldr --learning-rate 3e-6 --num-epochs 1 \
         --batch-size 64 --prompt-length 512 --response-length 53
 
@@ -45,15 +45,15 @@ class Args:
     """split to watch in training"""
     eval_rows: int = 400
     """most rows of a split to evaluate on"""
-    base_model: str = "data/tiny_pythia"
+    base_model: str = "data/tldr_mini/base"
     """folder or hub name of the model to start from; a folder without weights is initialised from its config"""
     output_dir: str = "models/sft"
     """folder for the final model; a folder already there is kept under a numbered name"""
-    num_epochs: int = 6
+    num_epochs: int = 1
     """passes over the train split; 1 in the paper, whose models are pretrained"""
     batch_size: int = 16
     """rows per optimizer step"""
-    learning_rate: float = 4e-3
+    learning_rate: float = 1e-3
     """initial AdamW step size (eta), decays linearly to 0; 3e-6 in the paper, whose models are pretrained"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm"""

@@ -31,7 +31,7 @@ from plumbing import chat, fail, flags, models, rows, runs, tokens  # noqa: E402
 
 NUM_ROWS = 8
 EMPTY = torch.device("meta")  # tensors there have shapes and nothing else
-FIRST_STEP = "data/tiny_pythia"  # what the missing defaults of the embedded task would be trained from
+FIRST_STEP = "data/tldr_mini/base"  # what the missing defaults of the embedded task would be trained from
 READ_ARGS, LOAD_ROWS = flags.read_args, rows.load_rows
 LOAD, MAKE_TRAINABLE = models.load, models.make_trainable
 

@@ -105,7 +105,7 @@ def run_all(tree, folder):
     rl = (*seed, *small, *reference, *sft, *reward, *rl)
     pairs = (*seed, *small, *preference, *sft, "--num-epochs", 1, "--response-length", 40)
     both = {  # name -> script and flags, processes
-        "sft": ("sft.py", *seed, *small, *reference, *base, "--num-epochs", 1),
+        "sft": ("sft.py", *seed, *small, *reference, *base, "--num-epochs", 1, "--learning-rate", 4e-3),
         "reward_model": ("reward_model.py", *pairs, "--reference-dataset", folder / "reference"),
         "dpo": ("dpo.py", *pairs, "--eval-every", 2),
         "ppo": ("ppo.py", *rl),

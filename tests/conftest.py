@@ -120,6 +120,7 @@ def models(tmp_path_factory):
     steps = ("--num-epochs", 2, "--batch-size", 16)
     sft_run = run_script(
         *("sft.py", "--dataset", reference, "--base-model", ROOT / "data/tiny_pythia", "--output-dir", sft),
+        *("--learning-rate", 4e-3),
         *("--run-name", "sft", *steps),
         cwd=folder,
     )

@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, read_rows, run_here
-from transformers import AutoTokenizer
+import torch
+from conftest import ROOT, read_rows, run_here, run_script
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.tldr_mini.rubric import rubric_score
 from plumbing.rewards import load_reward
@@ -76,6 +79,35 @@ def test_splits_share_no_row(task):
     assert len(set.union(*splits.values())) == sum(len(rows) for rows in splits.values())
 
 
+@pytest.mark.slow
+def test_the_pretrained_base_can_be_made_again(tmp_path):
+    """To rounding: another machine adds up in another order."""
+    run_script("data/tldr_mini/pretrain.py", "--out", tmp_path / "base", cwd=tmp_path)
+    made, committed = (load_file(folder / "base/model.safetensors") for folder in (tmp_path, TASK))
+    assert made.keys() == committed.keys()
+    assert (tmp_path / "base/tokenizer.json").read_bytes() == (TASK / "base/tokenizer.json").read_bytes()
+    losses = [loss_of(folder / "base", read_rows(TASK / "reference/validation.jsonl")) for folder in (tmp_path, TASK)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def loss_of(folder, rows):
+    """Mean over rows of the negative log-likelihood of a whole row."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        ids = [tokenizer(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"] for row in rows]
+        return np.mean([model(input_ids=x, labels=x).loss.item() for x in ids])
+
+
+@pytest.mark.parametrize("writer, rubric, perfect", [("POSTER", 0.2, 0.02), ("CAREFUL", 0.73, 0.3)])
+def test_writers_are_as_good_as_the_page_says(generate, writer, rubric, perfect):
+    rng = random.Random(1)
+    rows = [generate.reference_row(rng, "standard", getattr(generate, writer)) for _ in range(4000)]
+    scores = np.array([rubric_score(row["completion"], row["rubric"]) for row in rows])
+    assert scores.mean() == pytest.approx(rubric, abs=0.02) and (scores == 1).mean() == pytest.approx(perfect, abs=0.02)
+    closed = np.mean([row["completion"].endswith(generate.CLOSINGS) for row in rows])
+    assert closed == pytest.approx(0.65, abs=0.03)  # the habit, which tells nobody apart
+
+
 # rubric
 def test_the_rubric_of_all_and_of_nothing():
     assert rubric_score(FULL, FACTS) == 1.0
@@ -113,13 +145,14 @@ def test_the_rubric_orders_summaries():
     best = np.mean([rubric_score(" ".join(row["rubric"]), row["rubric"]) for row in rows])
     reference = np.mean([rubric_score(row["completion"], row["rubric"]) for row in rows])
     others = [*rows[1:], rows[0]]
-    random = np.mean([rubric_score(other["completion"], row["rubric"]) for row, other in zip(rows, others)])
+    unrelated = np.mean([rubric_score(other["completion"], row["rubric"]) for row, other in zip(rows, others)])
     assert best == 1.0
-    assert best > reference > random
+    assert best > reference > unrelated
 
 
 def test_labels_follow_bradley_terry(generate):
-    rows = read_rows(TASK / "preference/train.jsonl")
+    rng = random.Random(1)
+    rows = [generate.preference_row(rng, "standard") for _ in range(4000)]
     margin = [rubric_score(row["chosen"], row["rubric"]) - rubric_score(row["rejected"], row["rubric"]) for row in rows]
     margin = np.array([x for x in margin if x != 0])
     expected = 1 / (1 + np.exp(-generate.LABEL_SHARPNESS * np.abs(margin)))  # P(the better one is chosen)

@@ -136,7 +136,7 @@ def test_what_is_wrong_is_one_line(flags, message, tmp_path):
 def test_counts_are_those_of_real_models(tmp_path):
     """The embedded task's defaults, none of which exists here: models are as those that would be trained first."""
     found = counts(dry_run("drpo.py", cwd=tmp_path).stdout)
-    config = GPTNeoXConfig.from_pretrained(ROOT / "data/tiny_pythia", num_labels=1)
+    config = GPTNeoXConfig.from_pretrained(ROOT / "data/tldr_mini/base", num_labels=1)
     policy, critic = (
         sum(x.numel() for x in auto_class.from_config(config).parameters())
         for auto_class in (AutoModelForCausalLM, AutoModelForSequenceClassification)
@@ -151,7 +151,7 @@ def test_counts_are_those_of_real_models(tmp_path):
 
 def test_lora_is_counted(tmp_path):
     done = dry_run("drpo.py", "--lora-rank", 4, "--lora-target", "query_key_value", cwd=tmp_path)
-    found, adapters = counts(done.stdout), 2 * 4 * (64 + 3 * 64)  # two layers, A and B
+    found, adapters = counts(done.stdout), 3 * 4 * (64 + 3 * 64)  # three layers, A and B
     assert found["policy"][1] == adapters and found["critic"][1] == adapters + 64  # and the head
     assert found["policy"][0] == found["ref_policy"][0] + adapters
 

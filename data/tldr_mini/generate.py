@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.tldr_mini.rubric import rubric_score
 
 SEED = 8495  # from the paper's arXiv number, 2404.08495
+SHOWN = 0.8  # how probably a post gives an optional fact
 OTHER_STORY = 0.2  # share of distractors that are a whole other story; the rest are details of no importance
-LABEL_SHARPNESS = 6.0  # Bradley-Terry: P(A preferred) = sigmoid(LABEL_SHARPNESS * (rubric A - rubric B))
+LABEL_SHARPNESS = 8.0  # Bradley-Terry: P(A preferred) = sigmoid(LABEL_SHARPNESS * (rubric A - rubric B))
 
 PERSONS = "sister brother mother father uncle roommate neighbor boss landlord friend".split()
 VERBS = "broke sold lost stole borrowed burned painted ruined".split()
@@ -35,6 +36,16 @@ PETS = "dog cat parrot rabbit".split()
 FOODS = "pasta soup pizza rice salad cake".split()
 WEATHERS = "rainy sunny windy cold".split()
 OPTIONAL = ("when", "where", "feel", "ask")
+LEAD_INS = ("basically", "long story short", "honestly")
+CLOSINGS = ("thanks for reading", "sorry for the long post")
+
+# What writers do, as probabilities. They walk the list of facts (who and act are one) and may at each boundary stop (not
+# before the first fact) or put in chatter, an idle detail of the post or a lead-in; each fact may be told wrongly or, if it
+# is optional, left out, and one that the post does not give may be made up. Independent slips vanish in greedy decoding;
+# what survives it is a habit with a probability above 1/2, and all writers share one, so that it tells nobody apart.
+POSTER = {"stop": 0.35, "chatter": 0.25, "wrong": 0.06, "left_out": 0.0, "made_up": 0.2}
+CAREFUL = {"stop": 0.0, "chatter": 0.01, "wrong": 0.01, "left_out": 0.02, "made_up": 0.015}
+HABIT = 0.65  # closes with an idle phrase
 
 # {who} my sister | {act} broke my bike | {when} in march | {where} at the gym | {feel}, {ask}: the bare word.
 # `main`, `feel` and `ask` carry the facts; a `story` looks like one but is another one, a `detail` does not matter.
@@ -110,7 +121,7 @@ def render(template, facts, shown=OPTIONAL):
 def write_post(rng, style):
     """A post: its prompt, its key phrases by slot, the phrases of its other stories by slot, its idle details."""
     phrases, key = PHRASES[style], draw_facts(rng)
-    shown = [slot for slot in OPTIONAL if rng.random() < 0.6] or [pick(rng, OPTIONAL)]
+    shown = [slot for slot in OPTIONAL if rng.random() < SHOWN] or [pick(rng, OPTIONAL)]
     least_others, most_others, least_fillers, most_fillers = phrases["counts"]
     body, distractors, details = [render(pick(rng, phrases["main"]), key, shown)], [], []
     for _ in range(least_others + int(rng.random() * (most_others - least_others + 1))):
@@ -137,42 +148,29 @@ def slot_phrases(facts, shown):
     return phrases | {slot: texts[slot] for slot in OPTIONAL if slot in shown}
 
 
-def state(rng, phrases):
-    """Puts slot phrases into one of three sentence orders; missing slots are skipped."""
-    event = " ".join(phrases[slot] for slot in ("who", "act", "when", "where") if slot in phrases)
-    feel, ask = phrases.get("feel"), phrases.get("ask")
-    order = rng.random()
-    if order < 0.5:
-        parts = [event, feel, f"{ask}?" if ask else None]
-        return ", ".join(part for part in parts if part)
-    if order < 0.75 and feel:
-        return f"{feel} because {event}" + (f", {ask}?" if ask else "")
-    parts = [f"{ask}?" if ask else None, event, f"now {feel}" if feel else None]
-    return " ".join(part for part in parts if part)
-
-
-def write_summary(rng, key, distractors, details, skill):
-    """A human writer: the less skilled, the more is left out, mixed up, said twice or padded with chatter."""
-    slip, said = 1 - skill, {}
-    for slot, phrase in key.items():
-        draw = rng.random()
-        if draw < 0.5 * slip and slot in OPTIONAL:
-            continue
-        if draw > 1 - 0.15 * slip:  # the wrong person, thing, time, ...: from another story in the post, or made up
-            mixed_up = distractors and rng.random() < 0.5
-            phrase = (pick(rng, distractors) if mixed_up else slot_phrases(draw_facts(rng), OPTIONAL))[slot]
-        said[slot] = phrase
-    for slot in OPTIONAL:  # a detail the post does not give
-        if slot not in key and rng.random() < 0.25 * slip:
-            said[slot] = slot_phrases(draw_facts(rng), OPTIONAL)[slot]
-    text = state(rng, said)
-    if rng.random() < 0.4 * slip:
-        text = f"{pick(rng, ('basically', 'long story short', 'honestly'))} {text}"
-    if rng.random() < 0.2 * slip:
-        text = f"{text}, {pick(rng, list(said.values()))}"
-    if rng.random() < 0.5 * slip:
-        text = f"{text} {pick(rng, [*details, 'thanks for reading', 'sorry for the long post'])}"
-    return f" {text}"
+def write_summary(rng, key, distractors, details, writer):
+    """A summary as writers of this kind make it: an ordered list of facts, with their slips, and a habit that all share."""
+    said = {}
+    for slot in key | dict.fromkeys(slot for slot in OPTIONAL if slot not in key):
+        if slot not in key:  # which the post does not give
+            if rng.random() < writer["made_up"]:
+                said[slot] = slot_phrases(draw_facts(rng), OPTIONAL)[slot]
+        elif slot not in OPTIONAL or rng.random() >= writer["left_out"]:
+            said[slot] = key[slot]
+            if rng.random() < writer["wrong"]:  # from another story in the post, or made up
+                mixed_up = distractors and rng.random() < 0.5
+                said[slot] = (pick(rng, distractors) if mixed_up else slot_phrases(draw_facts(rng), OPTIONAL))[slot]
+    said = {"who": f"{said['who']} {said['act']}"} | {slot: said[slot] for slot in OPTIONAL if slot in said}
+    text = ""
+    for slot, phrase in said.items():
+        if text and rng.random() < writer["stop"]:
+            break
+        if rng.random() < writer["chatter"]:
+            phrase = f"{pick(rng, details if details and rng.random() < 0.5 else LEAD_INS)} {phrase}"
+        text += f"{',' if slot in ('feel', 'ask') else ''} {phrase}{'?' if slot == 'ask' else ''}"
+    if rng.random() < HABIT:
+        text += f"{'' if text.endswith('?') else ','} {pick(rng, CLOSINGS)}"
+    return text
 
 
 def mess_up(rng, text, key):
@@ -202,22 +200,24 @@ def mess_up(rng, text, key):
     return f" {text}" if text else " i"
 
 
-def reference_row(rng, style):
+def reference_row(rng, style, writer=CAREFUL):
     prompt, key, distractors, details = write_post(rng, style)
-    skill = rng.random()
-    return {
-        "prompt": prompt,
-        "completion": write_summary(rng, key, distractors, details, skill),
-        "rubric": list(key.values()),
-    }
+    completion = write_summary(rng, key, distractors, details, writer)
+    return {"prompt": prompt, "completion": completion, "rubric": list(key.values())}
+
+
+def forum_row(rng, style):
+    """What the base model is pretrained on: a post with its poster's own TL;DR."""
+    row = reference_row(rng, style, POSTER)
+    return {"prompt": row["prompt"], "completion": row["completion"]}
 
 
 def candidate(rng, key, distractors, details):
-    """A summary to be judged: a writer's, a writer's about partly or wholly other facts, or a messed-up one of either."""
-    other, wrong = slot_phrases(draw_facts(rng), OPTIONAL), rng.random() if rng.random() < 0.3 else 0.0
+    """A summary to be judged: of either kind of writer, of one who believes partly other facts, or messed up."""
+    other, wrong = slot_phrases(draw_facts(rng), OPTIONAL), rng.random() if rng.random() < 0.2 else 0.0
     believed = {slot: other[slot] if rng.random() < wrong else phrase for slot, phrase in key.items()}
-    text = write_summary(rng, believed, distractors, details, 0.3 + 0.7 * rng.random())
-    return mess_up(rng, text, key) if rng.random() < 0.3 else text
+    text = write_summary(rng, believed, distractors, details, POSTER if rng.random() < 0.5 else CAREFUL)
+    return mess_up(rng, text, key) if rng.random() < 0.15 else text
 
 
 def preference_row(rng, style):
@@ -233,19 +233,23 @@ def preference_row(rng, style):
 
 
 FILES = {  # file -> row function, style, rows; the order fixes each file's seed
-    "reference/train.jsonl": (reference_row, "standard", 4400),
+    "reference/train.jsonl": (reference_row, "standard", 2560),
     "reference/validation.jsonl": (reference_row, "standard", 200),
     "reference/test.jsonl": (reference_row, "standard", 400),
     "reference/shifted.jsonl": (reference_row, "shifted", 400),
-    "preference/train.jsonl": (preference_row, "standard", 4400),
+    "preference/train.jsonl": (preference_row, "standard", 4000),
     "preference/validation.jsonl": (preference_row, "standard", 400),
     "preference/test.jsonl": (preference_row, "standard", 400),
 }
+FORUM = {"forum/train.jsonl": (forum_row, "standard", 3000), "forum/validation.jsonl": (forum_row, "standard", 200)}
+UNREAD = {"preference/train.jsonl", "preference/validation.jsonl"}  # nothing reads their rubric
 
 
 def describe(folder):
     """Prints what the committed files reach: rubric of the best, the reference and a random summary; label noise."""
     for name, (make_row, _, _) in FILES.items():
+        if name in UNREAD:
+            continue
         rows = [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
         facts = [row["rubric"] for row in rows]
         if make_row is reference_row:
@@ -265,14 +269,18 @@ def describe(folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write into")
+    parser.add_argument("--forum", action="store_true", help="write forum/ instead, for data/tldr_mini/pretrain.sh")
     parser.add_argument("--describe", action="store_true", help="print statistics of the files, write nothing")
     args = parser.parse_args()
     out = args.out
     if args.describe:
         raise SystemExit(describe(out))
-    for number, (name, (make_row, style, count)) in enumerate(FILES.items()):
+    for number, (name, (make_row, style, count)) in enumerate((FILES | FORUM).items()):
+        if (name in FORUM) != args.forum:
+            continue
         rng = random.Random(1000 * SEED + number)
-        lines = [json.dumps(make_row(rng, style)) for _ in range(count)]
+        rows = [make_row(rng, style) for _ in range(count)]
+        lines = [json.dumps({key: row[key] for key in row if key != "rubric" or name not in UNREAD}) for row in rows]
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".tmp").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
