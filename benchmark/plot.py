@@ -61,7 +61,159 @@ def draw(axes, values, style):
         axes.errorbar(list(values), means, [low, high], **style)
 
 
-FIGURES = {"separation": (draw_separation, (11, 4.4))}
+def load(name):
+    path = ROOT / f"benchmark/{name}.json"
+    if not path.exists():
+        fail(f"{path}: no such file; python benchmark/{'seeds' if name == 'curves' else name}.py writes it")
+    return json.loads(path.read_text())
+
+
+def group(records, *keys):
+    """Records by the values of some keys, in the order in which they come."""
+    found = {}
+    for record in records:
+        found.setdefault(tuple(record[key] for key in keys), []).append(record)
+    return found
+
+
+def draw_band(axes, runs, key, style):
+    """Mean over seeds along training, and the range as a band."""
+    at, rows = runs[0]["at"], list(zip(*(run[key] for run in runs)))
+    axes.plot(at, [mean(row) for row in rows], **style)
+    axes.fill_between(
+        at, [min(row) for row in rows], [max(row) for row in rows], color=style["color"], alpha=0.15, lw=0
+    )
+
+
+PPO, DRPO = ({"color": "black", "marker": "o", "ls": "-"}, {"color": "tab:red", "marker": "^", "ls": "-."})
+METHODS = {"ppo": ("PPO", PPO), "drpo": ("DR-PO, β = 1", DRPO)}
+METHODS |= {"drpo_0.5": ("DR-PO, β = 0.5", {"color": "tab:blue", "marker": "s", "ls": "--"})}
+KL_LABEL = "KL to SFT, nats a response"
+
+
+def draw_frontier(figure):
+    """Rubric and score at the end of a run against its KL, one point a run; and along training without a KL penalty."""
+    records = load("frontier")
+    rubric, score, training = figure.subplots(1, 3)
+    for method in ("ppo", "drpo"):
+        label, style = METHODS[method]
+        parts = group([run for run in records if run["method"] == method], "kl_coef")
+        for axes, key in ((rubric, "rubric"), (score, "score")):
+            for (kl_coef,), part in parts.items():
+                x, y = ([run["test"][name] for run in part] for name in ("kl", key))
+                axes.plot(x, y, **style | {"ls": ""}, ms=3, alpha=0.4)
+                if method == "ppo":
+                    axes.annotate(
+                        f"{kl_coef:g}", (mean(x), mean(y)), xytext=(2, 6), textcoords="offset points", fontsize=8
+                    )
+            middle = [[mean(run["test"][name] for run in part) for part in parts.values()] for name in ("kl", key)]
+            axes.plot(*middle, **style, ms=6, label=label)
+        free = parts[(0,)]
+        for key, fill in (("rubric", style["color"]), ("score", "none")):
+            x, y = ([mean(row) for row in zip(*(run[name] for run in free))] for name in ("kl", key))
+            training.plot(x, y, **style, ms=4, mfc=fill, label=f"{label}: {key}")
+    sft = mean(run["sft"] for run in records)
+    rubric.plot(0, sft, color="0.4", marker="*", ls="", ms=9, label="SFT")
+    rubric.set(xlabel=KL_LABEL, ylabel="rubric, test posts", title="at the end, KL coefficients beside PPO's points")
+    score.set(
+        xlabel=KL_LABEL, ylabel="reward-model score, test posts", title="what the reward model says of the same runs"
+    )
+    training.set(xlabel=KL_LABEL, ylabel="validation posts", title="along training without KL penalty")
+    finish(rubric, score, training)
+
+
+def draw_beta(figure):
+    """TL;DR and transcription against beta."""
+    records = load("beta")
+    win, lists = figure.subplots(1, 2)
+    for seed_runs in group(records, "seed").values():
+        win.plot([r["beta"] for r in seed_runs], [100 * r["test"]["win_rate"] for r in seed_runs], color="0.8", lw=1)
+    parts = {beta: [100 * run["test"]["win_rate"] for run in part] for (beta,), part in group(records, "beta").items()}
+    draw(win, parts, PPO | {"ms": 6, "capsize": 3, "label": "mean and range; grey: one seed"})
+    win.set(xlabel="β", ylabel="win rate on test posts, %", title="TL;DR: every fact pays by itself")
+    parts = {beta: of(json.loads(OUT.read_text()), length=8, beta=beta, **USUAL) for beta in STYLES}
+    draw(
+        lists,
+        {b: [100 * run["success"][-1] for run in part] for b, part in parts.items()},
+        DRPO | {"ms": 6, "capsize": 3},
+    )
+    lists.set(xlabel="β", ylabel="lists of 8 digits right at the end, %", title="transcription: the whole copy pays")
+    finish(win, lists)
+
+
+def draw_true_reward(figure):
+    """Along training: the true reward as the reward, and a reward model learnt for it."""
+    records = load("true_reward")
+    titles = {
+        "tldr": ("TL;DR", "rubric, validation posts"),
+        "transcription": ("transcription, 8 digits", "lists right"),
+    }
+    panels = figure.subplots(1, 2)
+    for axes, (task, (title, label)) in zip(panels, titles.items()):
+        for (method, reward), part in group([r for r in records if r["task"] == task], "method", "reward").items():
+            name, style = METHODS[method]
+            fill = style["color"] if reward == "true" else "none"
+            kind = {"true": "true reward", "learned": "reward model"}[reward]
+            draw_band(axes, part, "rubric", style | {"mfc": fill, "ms": 5, "label": f"{name}, {kind}"})
+        axes.set(xlabel="episodes", ylabel=label, title=title)
+    finish(*panels)
+
+
+RL_PANELS = {"rubric": "rubric", "score": "reward-model score", "kl": KL_LABEL, "length": "tokens"}
+
+
+def draw_curves(figure):
+    """Each training script at its defaults: what it logs on the validation split."""
+    runs = {name: part for (name,), part in group(load("curves"), "run").items()}
+    panels = figure.subplots(2, 4)
+    above = {("sft", "loss"): "sft.py: loss", ("reward", "accuracy"): "reward_model.py: accuracy"}
+    above |= {("dpo", "accuracy"): "dpo.py: accuracy", ("dpo", "logprobs/chosen"): "dpo.py: logprobs/chosen"}
+    for axes, ((name, key), title) in zip(panels[0], above.items()):
+        draw_band(axes, runs[name], key, {"color": "black", "marker": "o", "ms": 4, "label": "mean and range"})
+        axes.set(xlabel="epoch", title=title)
+    for axes, (key, title) in zip(panels[1], RL_PANELS.items()):
+        for method, (label, style) in METHODS.items():
+            draw_band(axes, runs[method], key, style | {"ms": 4, "label": label})
+        axes.set(xlabel="episodes", title=title)
+    finish(panels[0][0], panels[1][0])
+    finish(*panels[0][1:], *panels[1][1:], legend=False)
+
+
+def draw_failures(figure):
+    """Runs with one thing wrong over the band of healthy ones."""
+    parts = {name: part for (name,), part in group(load("failures"), "failure").items()}
+    healthy = [run for run in load("curves") if run["run"] == "ppo"]
+    panels = figure.subplots(2, 3).flat
+    looks = [("tab:red", "^", "-."), ("tab:blue", "s", "--"), ("0.4", "D", ":"), ("tab:green", "v", (0, (5, 1)))]
+    for axes, (key, title) in zip(panels, (RL_PANELS | {"eos": "share with an EOS"}).items()):
+        draw_band(axes, healthy, key, PPO | {"ms": 3, "label": "healthy"})
+        for (name, part), (color, marker, line) in zip(parts.items(), looks):
+            draw_band(axes, part, key, {"color": color, "marker": marker, "ls": line, "ms": 4, "label": name})
+        axes.set(xlabel="episodes", title=title)
+    finish(*panels[:5], legend=False)
+    panels[0].legend(fontsize=7)
+    for name, style in (("one token, β = 1", DRPO), ("one token, β = 0.5", METHODS["drpo_0.5"][1])):
+        draw_band(panels[5], parts[name], "score", style | {"ms": 4, "label": name})
+    panels[5].set(xlabel="episodes", title="share of right answers", ylim=(-0.03, 1.03))
+    finish(panels[5])
+
+
+def finish(*panels, legend=True):
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.title.set_fontsize(10)
+        if legend and axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+
+
+FIGURES = {
+    "separation": (draw_separation, (11, 4.4)),
+    "frontier": (draw_frontier, (13, 4.2)),
+    "beta": (draw_beta, (10, 3.8)),
+    "true_reward": (draw_true_reward, (11, 4.2)),
+    "curves": (draw_curves, (13, 6)),
+    "failures": (draw_failures, (12, 6.4)),
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

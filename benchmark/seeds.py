@@ -1,60 +1,91 @@
-"""The whole chain over seeds: sft, reward_model, dpo, ppo, drpo, each seed from scratch, judged; the README's tables.
+"""The whole chain of the TL;DR task over seeds, each from scratch: SFT, reward model, DPO, PPO, DR-PO, judged; README's tables.
 
-    python benchmark/seeds.py --seeds 1 2 3            # about 6 minutes a seed on two cores
-    python benchmark/seeds.py --seeds 1 2 3 --table    # only print the tables of finished runs
+    python benchmark/seeds.py                # 5 seeds; goes on where it was stopped, writes seeds.json and curves.json
+    python benchmark/seeds.py --table        # only print the tables of seeds.json
 
-Every number is the mean over seeds with the standard deviation over seeds behind it. Results stay in
-runs/seeds_<seed>_<name>/result.json; a finished run is not repeated.
+Every number is the mean over seeds ± the standard deviation over seeds. A seed's policies share its SFT policy and its
+reward model, and most of what differs between seeds is those two: methods are therefore compared within seeds, as the mean
+of the seeds' differences to PPO with its 95% interval (Student's t over seeds).
 """
 
 import argparse
 import json
 import os
-import subprocess
+import shutil
 import sys
+from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 
-ROOT = Path(__file__).resolve().parents[1]
-POLICIES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "drpo": "DR-PO"}
-# split, sampling temperature of the completions: the official code's 0.01, and 1.0 as in training
-TABLES = [("test", "0.01"), ("shifted", "0.01"), ("test", "1.0"), ("shifted", "1.0")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark.sweep import ROOT, curves, sweep, write
+
+OUT, CURVES = ROOT / "benchmark/seeds.json", ROOT / "benchmark/curves.json"
+SEEDS = (1, 2, 3, 4, 5)
+POLICIES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "drpo_0.5": "DR-PO, β = 0.5", "drpo": "DR-PO, β = 1"}
+# split, sampling temperature of the completions: as in training, and the official code's 0.01
+TABLES = [("test", "1.0"), ("test", "0.01"), ("shifted", "1.0"), ("shifted", "0.01")]
 PERCENT = {"win_rate", "length_matched", "rouge1", "rouge2", "rougeL", "eos"}
+T_975 = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}  # by number of seeds
 
 
-def commands(seed):
-    """name -> (script, flags); models of one seed live in models/seeds_<seed>/."""
-    models = f"models/seeds_{seed}"
-    sft, reward = ["--sft-path", f"{models}/sft"], ["--reward-path", f"{models}/reward"]
-    found = {
-        "sft": ("sft.py", []),
-        "reward": ("reward_model.py", sft),
-        "dpo": ("dpo.py", sft),
-        "ppo": ("ppo.py", sft + reward),
-        "drpo": ("drpo.py", sft + reward),
-    }
-    found = {name: (script, ["--output-dir", f"{models}/{name}", *flags]) for name, (script, flags) in found.items()}
-    policies = ["--policies", *(f"{models}/{name}" for name in POLICIES)]
-    for split, temperature in TABLES:
-        flags = policies + sft + reward + ["--split", split, "--temperature", temperature]
-        found[f"judge_{split}_{temperature}"] = ("judge.py", flags)
-    return found
+def start_of(seed):
+    """Flags of everything that starts from a seed's SFT policy, and of what needs its reward model too."""
+    sft = ["--seed", seed, "--sft-path", f"models/seeds_{seed}/sft"]
+    return sft, [*sft, "--reward-path", f"models/seeds_{seed}/reward"]
 
 
-def run_seed(seed):
-    for name, (script, flags) in commands(seed).items():
-        run = f"seeds_{seed}_{name}"
-        done = ROOT / f"runs/{run}/result.json" if script == "judge.py" else ROOT / f"models/seeds_{seed}/{name}"
-        if done.exists():
-            continue
-        command = [sys.executable, script, "--seed", str(seed), "--run-name", run, *flags]
-        print(" ".join(command[1:]), flush=True)
-        if subprocess.run(command, cwd=ROOT, env={"OMP_WAIT_POLICY": "passive", **os.environ}).returncode != 0:
-            sys.exit(f"{script} failed for seed {seed}; remove runs/{run} before the next try")
+def stages(seeds):
+    """[(title, run -> script and flags)], each stage needs the one before it."""
+    found = [{}, {}, {}, {}]
+    for seed in seeds:
+        sft, rl = start_of(seed)
+        commands = [("sft", "sft.py", ["--seed", seed])]
+        commands += [("reward", "reward_model.py", sft), ("dpo", "dpo.py", sft), ("ppo", "ppo.py", rl)]
+        commands += [("drpo", "drpo.py", rl), ("drpo_0.5", "drpo.py", [*rl, "--beta", 0.5])]
+        for name, script, flags in commands:
+            stage = {"sft": 0, "reward": 1, "dpo": 1}.get(name, 2)
+            found[stage][f"seeds_{seed}_{name}"] = (script, *flags, "--output-dir", f"models/seeds_{seed}/{name}")
+        policies = ["--policies", *(f"models/seeds_{seed}/{name}" for name in POLICIES)]
+        for split, temperature in TABLES:
+            flags = [*policies, *rl, "--split", split, "--temperature", temperature]
+            found[3][judged(seed, split, temperature)] = ("judge.py", *flags)
+    return list(zip(("SFT", "reward model, DPO", "RL", "judge"), found))
 
 
-def load(seed, name):
-    return json.loads((ROOT / f"runs/seeds_{seed}_{name}/result.json").read_text())
+def judged(seed, split, temperature):
+    return f"seeds_{seed}_judge_{split}_{temperature}"
+
+
+def train(seeds, workers, names):
+    """Some of the chain's models, for the sweeps that start from them."""
+    for title, runs in stages(seeds)[:3]:
+        sweep(title, {run: runs[run] for run in runs if run.split("_", 2)[2] in names}, workers)
+
+
+def result(name):
+    path = ROOT / f"runs/{name}/result.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def collect(seeds):
+    """What the judge and the reward models' own tests found, one record a seed."""
+    for seed in seeds:
+        found = {"seed": seed, "reward": result(f"seeds_{seed}_reward")}
+        for table in TABLES:
+            results = result(judged(seed, *table))
+            found["_".join(table)] = {name: results[f"models/seeds_{seed}/{name}"] for name in POLICIES}
+        yield found
 
 
 def cell(name, values):
@@ -64,6 +95,14 @@ def cell(name, values):
     scale, digits = (100, 1) if name in PERCENT else (1, 1 if name == "length" else 3)
     spread = f" ± {scale * stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{scale * mean(values):.{digits}f}{spread}"
+
+
+def interval(differences):
+    """Mean and half the width of its 95% interval."""
+    half = (
+        T_975[len(differences)] * stdev(differences) / sqrt(len(differences)) if len(differences) > 1 else float("nan")
+    )
+    return mean(differences), half
 
 
 def table(rows):
@@ -79,16 +118,43 @@ def table(rows):
     return "\n".join(lines)
 
 
+def differences(rows):
+    """Markdown: every policy minus PPO within a seed, mean ± half of the 95% interval, in points and in rubric."""
+    lines = ["| minus PPO | win rate, points | rubric | reward-model score |", "|---|---|---|---|"]
+    for label, results in rows.items():
+        cells = []
+        for name, scale, digits in (("win_rate", 100, 1), ("rubric", 1, 3), ("score", 1, 3)):
+            pairs = zip(results, rows["PPO"])
+            middle, half = interval([scale * (one[name] - other[name]) for one, other in pairs])
+            cells.append(f"{middle:+.{digits}f} ± {half:.{digits}f}")
+        lines += [f"| {label} | " + " | ".join(cells) + " |"] if label != "PPO" else []
+    return "\n".join(lines)
+
+
+def print_tables(records):
+    print(f"\nseeds {', '.join(str(record['seed']) for record in records)}")
+    for split, temperature in TABLES:
+        rows = {label: [x[f"{split}_{temperature}"][name] for x in records] for name, label in POLICIES.items()}
+        print(f"\n{split}, temperature {temperature}\n\n{table(rows)}\n\n{differences(rows)}")
+    rewards = [record["reward"] for record in records]
+    print("\n" + table({f"reward model, {name}": [found[name] for found in rewards] for name in rewards[0]}))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     parser.add_argument("--table", action="store_true", help="do not run anything")
     args = parser.parse_args()
-    for seed in args.seeds if not args.table else ():
-        run_seed(seed)
-    for split, temperature in TABLES:
-        results = {seed: load(seed, f"judge_{split}_{temperature}") for seed in args.seeds}
-        rows = {POLICIES[name]: [results[s][f"models/seeds_{s}/{name}"] for s in args.seeds] for name in POLICIES}
-        print(f"{split}, temperature {temperature}\n\n{table(rows)}\n")
-    reward = [load(seed, "reward") for seed in args.seeds]
-    print(table({f"reward model, {name}": [result[name] for result in reward] for name in reward[0]}))
+    if not args.table:
+        for title, runs in stages(args.seeds):
+            if title == "judge":  # a table of an earlier time may lack a policy; what was generated for it is kept
+                for run in runs:
+                    policies = {path.split("/")[-1] for path in result(run)}
+                    if policies and not policies >= set(POLICIES):
+                        shutil.rmtree(ROOT / f"runs/{run}")
+            sweep(title, runs, args.workers)
+        write(OUT, list(collect(args.seeds)))
+        names = ["sft", "reward", *list(POLICIES)[1:]]
+        write(CURVES, [{"run": name, "seed": s} | curves(f"seeds_{s}_{name}") for name in names for s in args.seeds])
+    print_tables(json.loads(OUT.read_text()))

@@ -1,7 +1,7 @@
 """Where resets matter: episodes to success against the length of the list, on data/transcription; DR-PO against PPO.
 
     python benchmark/separation.py                  # 25 minutes a seed on two cores; goes on where it was stopped
-    python benchmark/separation.py --seeds 1        # one of the three
+    python benchmark/separation.py --seeds 1        # one of the five
     python benchmark/plot.py separation             # the figure, from separation.json, written after every seed
 
 A list of L digits is copied by a policy that starts right with probability 0.3 a digit (as its writers are), so that a whole
@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark.sweep import ROOT, curve, sweep
 
 OUT = ROOT / "benchmark/separation.json"
-LENGTHS, BETAS, EPISODES = (2, 4, 6, 8, 10, 12), (0, 0.25, 0.5, 0.75, 1), 5_120
+SEEDS, LENGTHS, BETAS, EPISODES = (1, 2, 3, 4, 5), (2, 4, 6, 8, 10, 12), (0, 0.25, 0.5, 0.75, 1), 5_120
 LONG = 4 * EPISODES
-WALL = [(n, 0, EPISODES if n < 5 else LONG) for n in range(2, 7)] + [(6, 0.01, LONG)]  # of PPO alone
+WALL = [(n, 0, EPISODES if n < 5 else LONG) for n in range(2, 9)] + [(6, 0.01, LONG)]  # of PPO alone
 # the text that resets go into is the writers' own; lists without letters, so that the first token is already a choice
 VARIANTS = [("written", 8, 0.5), ("written", 8, 1), ("bare", 4, 0.5), ("bare", 4, 1), ("bare", 8, 0.5), ("bare", 8, 1)]
 
@@ -156,7 +156,7 @@ def write_runs(path, runs):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     args = parser.parse_args()
     found = []

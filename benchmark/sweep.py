@@ -45,3 +45,26 @@ def curve(name, key):
     """What a run logged under `key`: [(episodes, number), ...]."""
     lines = map(json.loads, (ROOT / f"runs/{name}/metrics.jsonl").read_text().splitlines())
     return [(line["episodes"], line[key]) for line in lines if key in line]
+
+
+def curves(name):
+    """Everything that a run found on its validation split: {"at": [...], "rubric": [...], ...}; at: episodes, or epochs."""
+    found = {}
+    for line in map(json.loads, (ROOT / f"runs/{name}/metrics.jsonl").read_text().splitlines()):
+        point = {key.removeprefix("eval/"): value for key, value in line.items() if key.startswith("eval/")}
+        for key, value in ({"at": line.get("episodes", line.get("epoch"))} | point).items() if point else ():
+            found.setdefault(key, []).append(round(value, 4))
+    return found
+
+
+def last(name):
+    """The last column of the table that a run ends with: its policy on the held-out split; and the first, SFT."""
+    table = list(json.loads((ROOT / f"runs/{name}/result.json").read_text()).values())
+    return {key: round(value, 4) for key, value in table[-1].items()}, table[0]
+
+
+def write(path, records):
+    """JSON, a record a line, so that a diff shows what changed; first under another name."""
+    part = path.with_suffix(".part")
+    part.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+    part.replace(path)

@@ -2,6 +2,7 @@
 
 import html
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -15,7 +16,10 @@ import pytest
 import torch
 from conftest import ROOT, read_metrics, read_rows, run_here, run_script, write_dataset
 from safetensors.torch import load_file, save_file
+from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from data.tldr_mini.rubric import rubric_score
 
 SCRIPTS = sorted(path.name for path in (ROOT / "benchmark").glob("*.py"))
 SMALL = ("--batch-size", 8, "--micro-batch-size", 8)
@@ -150,27 +154,105 @@ def start_same_numbers(cwd, folder):
 
 
 def start_seeds(cwd, _):
-    """One seed of the whole chain, on a few rows, judged once; then its tables again, and nothing runs twice."""
+    """One seed of the whole chain, on a few rows, judged once; what it logged makes the tables, and nothing runs twice."""
     seeds = module("seeds.py")
+    sweep = sys.modules["benchmark.sweep"]
     reference, preference = (write_dataset(cwd / task, task, (16, 8, 8)) for task in ("reference", "preference"))
     pairs = (*SMALL, "--num-epochs", 1, "--dataset", preference)
     small = {
-        "sft.py": (*SMALL, "--num-epochs", 1, "--dataset", reference, "--base-model", ROOT / "data/tiny_pythia"),
+        "sft.py": (*SMALL, "--num-epochs", 1, "--dataset", reference, "--base-model", ROOT / "data/tldr_mini/base"),
         "reward_model.py": (*pairs, "--reference-dataset", reference),
         "dpo.py": pairs,
         "ppo.py": (*RL, "--dataset", reference),
         "drpo.py": (*RL, "--dataset", reference),
         "judge.py": ("--dataset", reference, "--response-length", 8),
     }
-    with mock.patch.multiple(seeds, ROOT=cwd, TABLES=[("test", "1.0")]), instead_of_processes(*small.items()):
-        seeds.run_seed(1)
-        result = seeds.load(1, "judge_test_1.0")
-        assert [f"models/seeds_1/{name}" in result for name in seeds.POLICIES] == [True] * 4
-        table = seeds.table({name: [result[f"models/seeds_1/{name}"]] * 2 for name in seeds.POLICIES})
-        assert table.count("\n") == 5 and " ± 0.0 |" in table and "win rate %" in table
-        assert seeds.load(1, "reward")["all"]["pairs"] == 8
+
+    def one_by_one(title, runs, workers):
+        for name, command in runs.items():
+            sweep.run(name, *command)
+
+    replaced = {"ROOT": cwd, "TABLES": [("test", "1.0")], "sweep": one_by_one}
+    with mock.patch.multiple(seeds, **replaced), mock.patch.object(sweep, "ROOT", cwd):
+        with instead_of_processes(*small.items()):
+            for _, runs in seeds.stages([1]):
+                one_by_one("", runs, 1)
         with mock.patch.object(subprocess, "run", side_effect=AssertionError):
-            seeds.run_seed(1)
+            seeds.train([1], 1, {"sft", "reward", "drpo"})
+        (record,) = seeds.collect([1])
+        assert list(record["test_1.0"]) == list(seeds.POLICIES) and record["reward"]["all"]["pairs"] == 8
+        curve = sweep.curves("seeds_1_ppo")
+        assert curve["at"] == [0, 16] and len(curve["rubric"]) == 2
+        kl = seeds.result("seeds_1_ppo")["PPO"]["kl"]
+        assert sweep.last("seeds_1_ppo")[0]["kl"] == round(kl, 4) != 0
+    other = json.loads(json.dumps(record))
+    other["test_1.0"]["drpo"]["rubric"] += 0.5
+    rows = {label: [x["test_1.0"][name] for x in (record, other)] for name, label in seeds.POLICIES.items()}
+    assert seeds.table(rows).count("\n") == 6 and " ± 0.0 |" in seeds.table(rows) and "win rate %" in seeds.table(rows)
+    found = record["test_1.0"]["drpo"]["rubric"] - record["test_1.0"]["ppo"]["rubric"] + 0.25
+    assert seeds.differences(rows).splitlines()[-1].split(" | ")[2] == f"{found:+.3f} ± 3.177"
+
+
+def test_interval_is_students():
+    seeds = module("seeds.py")
+    for count in seeds.T_975:
+        draws = [math.sin(7 * i) for i in range(count)]
+        middle, half = seeds.interval(draws)
+        low, high = stats.ttest_1samp(draws, 0).confidence_interval()
+        assert (middle, half) == pytest.approx(((low + high) / 2, (high - low) / 2), rel=1e-3)
+
+
+def start_frontier(*_):
+    """Read at a KL between two runs; where the lines do not reach there is no number; the last peak."""
+    frontier = module("frontier.py")
+    runs = [
+        {"sft": 0.0, "test": {"kl": kl, "rubric": rubric, "score": rubric}}
+        for kl, rubric in ((2, 1.0), (1, 0.8), (4, 0.0))
+    ]
+    assert [frontier.at_kl(runs, kl, "rubric") for kl in (0.5, 1.5, 3, 5)] == pytest.approx([0.4, 0.9, 0.5, None])
+    assert [frontier.at_kl(runs, kl, "score") for kl in (0.5, 1.5)] == pytest.approx([None, 0.9])
+    assert frontier.peak({"at": [0, 64, 128], "kl": [0, 1, 2], "rubric": [0.1, 0.4, 0.3]}) == (64, 1, 0.4)
+    assert frontier.bootstrap([0.5, 0.5, 0.5]) == pytest.approx([0.5, 0.5])
+    low, high = frontier.bootstrap([0.0, 1.0] * 50)
+    assert 0.38 < low < 0.42 and 0.58 < high < 0.62
+    names = [frontier.name_of(*run) for run in itertools.product(frontier.METHODS, frontier.KL_COEFS, (1, 2))]
+    assert len(set(names)) == len(names) and "seeds_1_ppo" in names
+
+
+def start_beta(*_):
+    beta = module("beta.py")
+    assert [beta.name_of(b, 1) for b in beta.BETAS] == [
+        "seeds_1_ppo",
+        "beta_1_0.25",
+        "seeds_1_drpo_0.5",
+        "beta_1_0.75",
+        "seeds_1_drpo",
+    ]
+    assert beta.against([0.5, 0.7], [0.4, 0.5]) == "+0.150 ± 0.635"
+
+
+def start_true_reward(cwd, _):
+    """The column that counts right copies is 1 for them and -1 for any other list; the pairs never hold equal lists."""
+    true_reward = module("true_reward.py")
+    (cwd / "data").symlink_to(ROOT / "data")
+    with mock.patch.object(true_reward, "ROOT", cwd):
+        true_reward.write_data()
+    rows = read_rows(cwd / true_reward.DATA / "task/test.jsonl")
+    scores = [
+        (rubric_score(row["answer"], row["rubric"]), rubric_score(row["completion"], row["rubric"])) for row in rows
+    ]
+    assert {right for right, _ in scores} == {1.0} and {wrong for _, wrong in scores} == {-1.0}
+    assert rubric_score(rows[0]["answer"] + rows[0]["answer"][:4], rows[0]["rubric"]) < 1
+    assert all(row["chosen"] != row["rejected"] for row in read_rows(cwd / true_reward.DATA / "pairs/train.jsonl"))
+    scripts = {true_reward.command(task, "learned", "ppo", 1)[0] for task in ("tldr", "transcription")}
+    assert scripts == {"ppo.py", "drpo.py"}
+
+
+def start_failures(*_):
+    failures = module("failures.py")
+    scripts = [failures.command(name, 1)[0] for name in failures.FAILURES]
+    assert scripts == ["ppo.py"] * 4 + ["drpo.py"] * 2
+    assert "models/failures_1_chance" in failures.command("reward model at chance", 1)
 
 
 def start_speed(cwd, _):

@@ -16,7 +16,7 @@ def rubric_score(summary, facts):
     +1 for each fact stated word for word, -1/2 for each repetition of a fact and for each content word that belongs
     to no stated fact, all over the number of facts; -0.05 for each word past the length of all facts plus six.
     """
-    words = re.findall(r"[a-z']+", summary.lower())
+    words = re.findall(r"[a-z0-9']+", summary.lower())
     text, stated, repeated = f" {' '.join(words)} ", 0, 0
     for fact in facts:
         count = text.count(f" {fact} ")
