@@ -25,18 +25,10 @@ SEEDS = (1, 2, 3, 4, 5)
 POLICIES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "drpo_0.5": "DR-PO, β = 0.5", "drpo": "DR-PO, β = 1"}
 # split, sampling temperature of the completions: as in training, and the official code's 0.01
 TABLES = [("test", "1.0"), ("test", "0.01"), ("shifted", "1.0"), ("shifted", "0.01")]
+ENDS = {"sft": ["loss"], "reward": ["loss", "accuracy"], "dpo": ["loss", "accuracy", "logprobs/chosen"]}
+ENDS |= {name: ["win_rate", "rubric", "score", "kl", "length"] for name in ("ppo", "drpo_0.5", "drpo")}
 PERCENT = {"win_rate", "length_matched", "rouge1", "rouge2", "rougeL", "eos"}
-T_975 = {
-    2: 12.706,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-    9: 2.306,
-    10: 2.262,
-}  # by number of seeds
+T_975 = dict(zip(range(2, 11), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)))  # by number of seeds
 
 
 def start_of(seed):
@@ -140,6 +132,15 @@ def print_tables(records):
     print("\n" + table({f"reward model, {name}": [found[name] for found in rewards] for name in rewards[0]}))
 
 
+def print_ends(records):
+    """What every script logs last on its validation split."""
+    print("\n| run | evaluated | what it ends with, mean ± standard deviation over seeds |\n|---|---|---|")
+    for name, keys in ENDS.items():
+        runs = [record for record in records if record["run"] == name]
+        ends = [f"`eval/{key}` {cell('', [run[key][-1] for run in runs])}" for key in keys]
+        print(f"| {name} | {len(runs[0]['at'])} times | {', '.join(ends)} |")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
@@ -158,3 +159,4 @@ if __name__ == "__main__":
         names = ["sft", "reward", *list(POLICIES)[1:]]
         write(CURVES, [{"run": name, "seed": s} | curves(f"seeds_{s}_{name}") for name in names for s in args.seeds])
     print_tables(json.loads(OUT.read_text()))
+    print_ends(json.loads(CURVES.read_text()))
