@@ -106,6 +106,7 @@ def test_writers_are_as_good_as_the_page_says(generate, writer, rubric, perfect)
     assert scores.mean() == pytest.approx(rubric, abs=0.02) and (scores == 1).mean() == pytest.approx(perfect, abs=0.02)
     closed = np.mean([row["completion"].endswith(generate.CLOSINGS) for row in rows])
     assert closed == pytest.approx(0.65, abs=0.03)  # the habit, which tells nobody apart
+    assert {phrase.split()[0] for phrase in generate.CLOSINGS} == {"thanks"}  # or greedy decoding would not have it
 
 
 # rubric
