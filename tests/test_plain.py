@@ -31,6 +31,7 @@ def flags_of(script, models):
     if script == "sft.py":
         return ("--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia", *PAIRS)
     more = ("--reference-dataset", models.reference) if script == "reward_model.py" else ("--eval-every", 3)
+    more += ("--response-length", 40)  # enough for every row: plain.py leaves none out
     return ("--dataset", models.preference, "--sft-path", models.sft, *PAIRS, *more)
 
 
