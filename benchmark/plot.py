@@ -206,18 +206,24 @@ def finish(*panels, legend=True):
             axes.legend(fontsize=8)
 
 
-FIGURES = {
+FIGURES = {  # each of benchmark/NAME.json
     "separation": (draw_separation, (11, 4.4)),
+    "curves": (draw_curves, (13, 6)),
     "frontier": (draw_frontier, (13, 4.2)),
     "beta": (draw_beta, (10, 3.8)),
     "true_reward": (draw_true_reward, (11, 4.2)),
-    "curves": (draw_curves, (13, 6)),
     "failures": (draw_failures, (12, 6.4)),
 }
 
+
+def drawable():
+    """The figures whose sweeps have been run."""
+    return [name for name in FIGURES if (ROOT / f"benchmark/{name}.json").exists()]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(FIGURES), metavar="NAME", help=", ".join(FIGURES))
+    parser.add_argument("names", nargs="*", default=drawable(), metavar="NAME", help=", ".join(FIGURES))
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder")
     args = parser.parse_args()
     if unknown := set(args.names) - FIGURES.keys():

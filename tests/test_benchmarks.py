@@ -334,7 +334,7 @@ def start_reset_rules(cwd, folder):
 
 
 def start_plot(cwd, _):
-    names = [*module("plot.py").FIGURES]
+    names = module("plot.py").drawable()
     run_here("benchmark/plot.py", "--out", cwd, cwd=cwd)
     assert sorted(path.name for path in cwd.iterdir()) == sorted(
         f"{name}.{x}" for name in names for x in ("png", "svg")
