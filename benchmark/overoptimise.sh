@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Over-optimisation: no KL penalty, 200 updates. The reward-model score keeps rising, the rubric does not.
-# Uses the models of `python benchmark/seeds.py --seeds 1`; both runs at once on one thread each, about 6 minutes.
+# Uses the models of `python benchmark/seeds.py --seeds 1`; both runs at once on one thread each, about 8 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
