@@ -105,7 +105,9 @@ def write_dataset(folder, task, sizes=(8, 8, 8), edit=lambda rows: rows):
     """A folder with the first rows of each split of an embedded dataset, passed through `edit`."""
     folder.mkdir(parents=True)
     for split, size in zip(("train", "validation", "test"), sizes):
-        rows = edit(read_rows(ROOT / "data/tldr_mini" / task / f"{split}.jsonl")[:size])
+        rows = read_rows(ROOT / "data/tldr_mini" / task / f"{split}.jsonl")
+        short = [row for row in rows if all(len(row.get(name, "").split()) <= 22 for name in ("chosen", "rejected"))]
+        rows = edit(short[:size])  # no pair is left out for its length
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

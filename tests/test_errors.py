@@ -78,7 +78,7 @@ def data_flags(script, given):
 def good_flags(script, given):
     models = ("--sft-path", given.sft)
     if script == "sft.py":
-        models = ("--base-model", BASE)
+        models = ("--base-model", BASE, "--num-epochs", 2)
     elif script in ("ppo.py", "drpo.py"):
         models += ("--reward-path", given.reward)
     return *data_flags(script, given), *models

@@ -157,7 +157,7 @@ def test_it_is_asked_what_the_rows_say(kept, models):
 
 def test_a_response_without_end_has_the_score_of_one(models, tmp_path):
     rule(tmp_path, "def score(*_):\n    return 5\n")
-    run("ppo.py", models, tmp_path, "--reward-path", "rule.py", "--missing-eos-score", -3, "--temperature", 3)
+    run("ppo.py", models, tmp_path, "--reward-path", "rule.py", "--missing-eos-score", -3)
     for line in read_metrics(tmp_path / "runs/run"):
         assert 0 < line["response/eos"] < 1
         assert line["objective/score"] == pytest.approx(5 * line["response/eos"] - 3 * (1 - line["response/eos"]))
@@ -321,7 +321,7 @@ def test_an_error_at_the_first_call_comes_before_the_first_update(models, tmp_pa
 
 
 def test_a_score_that_is_not_finite_ends_the_run(models, tmp_path):
-    row = np.random.default_rng([1, 1, 0]).permutation(256)[3]  # of the first batch
+    row = np.random.default_rng([1, 1, 0]).permutation(256)[1]  # of the first batch, with an EOS
     prompt = read_rows(models.reference / "train.jsonl")[row]["prompt"]
     rule(tmp_path, f"def score(prompt, *_):\n    return float('inf') if prompt == {prompt!r} else 1\n")
     said = one_error(run("ppo.py", models, tmp_path, "--reward-path", "rule.py", check=False))

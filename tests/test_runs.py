@@ -111,6 +111,7 @@ def test_micro_batches_change_only_the_rounding(runs):
 def test_bfloat16_learns_what_float32_learns(models, tmp_path):
     # autocast's copies of the weights must not outlive an optimizer step: with stale ones hardly anything is learned
     base = ("--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia", *models.steps)
+    base += ("--learning-rate", 4e-3)
     run_here("sft.py", *base, "--dtype", "bfloat16", "--output-dir", "sft", "--run-name", "sft", cwd=tmp_path)
     ours, theirs = (read_metrics(folder / "runs/sft")[-1] for folder in (tmp_path, models.folder))
     assert ours["eval/loss"] == pytest.approx(theirs["eval/loss"], rel=0.03) and ours["loss"] != theirs["loss"]
