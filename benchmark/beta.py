@@ -7,16 +7,14 @@ TL;DR: runs from every seed's SFT policy and reward model of benchmark/seeds.py 
 own). Transcription: the lists of 8 digits of benchmark/separation.py, read from separation.json, where its seeds are.
 """
 
-import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import separation
 from benchmark.seeds import SEEDS, cell, interval, start_of, train
-from benchmark.sweep import ROOT, curves, last, sweep, write
+from benchmark.sweep import ROOT, arguments, curves, last, sweep, write
 
 OUT = ROOT / "benchmark/beta.json"
 BETAS = (0, 0.25, 0.5, 0.75, 1)
@@ -68,11 +66,7 @@ def print_tables(records):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
-    parser.add_argument("--table", action="store_true", help="only print the tables")
-    args = parser.parse_args()
+    args = arguments(__doc__, SEEDS)
     if not args.table:
         train(args.seeds, args.workers, {"sft", "reward", *KNOWN.values()})
         runs = {}
@@ -81,5 +75,5 @@ if __name__ == "__main__":
                 name = name_of(beta, seed)
                 runs[name] = ("drpo.py", *start_of(seed)[1], "--beta", beta, "--output-dir", f"models/{name}")
         sweep("beta", runs, args.workers)
-        write(OUT, [record(beta, seed) for beta in BETAS for seed in args.seeds])
+        write(OUT, [record(beta, seed) for beta in BETAS for seed in args.seeds], "beta", "seed")
     print_tables(json.loads(OUT.read_text()))

@@ -7,16 +7,14 @@ On the TL;DR task, ppo.py from every seed's SFT policy and reward model of bench
 needs another task: a list of one digit without a letter, of which beta = 1 trains the end alone.
 """
 
-import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import separation
 from benchmark.seeds import start_of, train
-from benchmark.sweep import ROOT, curves, last, sweep, write
+from benchmark.sweep import ROOT, arguments, curves, last, sweep, write
 
 OUT = ROOT / "benchmark/failures.json"
 FAILURES = {
@@ -77,16 +75,13 @@ def print_table(records):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
-    parser.add_argument("--table", action="store_true", help="only print the table of failures.json")
-    args = parser.parse_args()
+    args = arguments(__doc__, (1, 2, 3))
     if not args.table:
         train(args.seeds, args.workers, {"sft", "reward"})
         separation.train_policies([one_token(seed) for seed in args.seeds], args.workers)
         sweep("reward models at chance", {f"failures_{s}_chance": chance(s) for s in args.seeds}, args.workers)
         runs = [(failure, seed) for seed in args.seeds for failure in FAILURES]
         sweep("failures", {name_of(*run): command(*run) for run in runs}, args.workers)
-        write(OUT, [{"failure": f, "seed": s, "test": last(name_of(f, s))[0]} | curves(name_of(f, s)) for f, s in runs])
+        found = [{"failure": f, "seed": s, "test": last(name_of(f, s))[0]} | curves(name_of(f, s)) for f, s in runs]
+        write(OUT, found, "failure", "seed")
     print_table(json.loads(OUT.read_text()))

@@ -10,9 +10,7 @@ have a line. The interval is a bootstrap over seeds. Over-optimisation sets in w
 for good: the evaluation at which it was highest.
 """
 
-import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from statistics import mean
@@ -21,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark.seeds import SEEDS, start_of, train
-from benchmark.sweep import ROOT, curves, last, sweep, write
+from benchmark.sweep import ROOT, arguments, curves, last, sweep, write
 
 OUT = ROOT / "benchmark/frontier.json"
 KL_COEFS, DEFAULT = (0, 0.01, 0.02, 0.05, 0.1, 0.2), 0.05
@@ -110,14 +108,10 @@ def print_tables(records):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
-    parser.add_argument("--table", action="store_true", help="only print the tables of frontier.json")
-    args = parser.parse_args()
+    args = arguments(__doc__, SEEDS)
     if not args.table:
         train(args.seeds, args.workers, {"sft", "reward", *METHODS})
         runs = [(method, kl_coef, seed) for seed in args.seeds for kl_coef in KL_COEFS for method in METHODS]
         sweep("KL coefficients", {name_of(*run): command(*run) for run in runs}, args.workers)
-        write(OUT, [record(*run) for run in runs])
+        write(OUT, [record(*run) for run in runs], "method", "kl_coef", "seed")
     print_tables(json.loads(OUT.read_text()))

@@ -1,6 +1,6 @@
 """Draws the figures of the docs from the committed JSON of the sweeps: PNG and SVG, readable in black and white.
 
-python benchmark/plot.py                   # all of them, seconds (pip install matplotlib)
+python benchmark/plot.py                   # all whose sweeps have been run, seconds (pip install matplotlib)
 python benchmark/plot.py separation        # one: docs/separation.png and docs/separation.svg
 """
 

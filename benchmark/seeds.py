@@ -8,9 +8,7 @@ reward model, and most of what differs between seeds is those two: methods are t
 of the seeds' differences to PPO with its 95% interval (Student's t over seeds).
 """
 
-import argparse
 import json
-import os
 import shutil
 import sys
 from math import sqrt
@@ -18,7 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark.sweep import ROOT, curves, sweep, write
+from benchmark.sweep import ROOT, arguments, curves, sweep, write
 
 OUT, CURVES = ROOT / "benchmark/seeds.json", ROOT / "benchmark/curves.json"
 SEEDS = (1, 2, 3, 4, 5)
@@ -142,11 +140,7 @@ def print_ends(records):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
-    parser.add_argument("--table", action="store_true", help="do not run anything")
-    args = parser.parse_args()
+    args = arguments(__doc__, SEEDS)
     if not args.table:
         for title, runs in stages(args.seeds):
             if title == "judge":  # a table of an earlier time may lack a policy; what was generated for it is kept
@@ -155,8 +149,13 @@ if __name__ == "__main__":
                     if policies and not policies >= set(POLICIES):
                         shutil.rmtree(ROOT / f"runs/{run}")
             sweep(title, runs, args.workers)
-        write(OUT, list(collect(args.seeds)))
+        write(OUT, collect(args.seeds), "seed")
         names = ["sft", "reward", *list(POLICIES)[1:]]
-        write(CURVES, [{"run": name, "seed": s} | curves(f"seeds_{s}_{name}") for name in names for s in args.seeds])
+        write(
+            CURVES,
+            [{"run": name, "seed": s} | curves(f"seeds_{s}_{name}") for name in names for s in args.seeds],
+            "run",
+            "seed",
+        )
     print_tables(json.loads(OUT.read_text()))
     print_ends(json.loads(CURVES.read_text()))

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import linear_regression, mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark.sweep import ROOT, curve, sweep
+from benchmark.sweep import ROOT, curves, sweep
 
 OUT = ROOT / "benchmark/separation.json"
 SEEDS, LENGTHS, BETAS, EPISODES = (1, 2, 3, 4, 5), (2, 4, 6, 8, 10, 12), (0, 0.25, 0.5, 0.75, 1), 5_120
@@ -59,8 +59,8 @@ def name_of(setting):
 
 def success(name):
     """-> episodes and share of right copies at every evaluation; a response without EOS scores -1, so that is added back."""
-    scores, ends = curve(name, "eval/score"), curve(name, "eval/eos")
-    return [x for x, _ in scores], [round(score + 1 - eos, 3) for (_, score), (_, eos) in zip(scores, ends)]
+    found = curves(name)
+    return found["at"], [round(score + 1 - eos, 3) for score, eos in zip(found["score"], found["eos"])]
 
 
 def sft_command(setting):

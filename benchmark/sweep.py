@@ -1,5 +1,6 @@
 """What the sweeps share: many runs of the scripts, as many at a time as there are cores; a run that is done is not done again."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -41,12 +42,6 @@ def sweep(title, runs, workers):
             sys.exit(str(error) or "stopped; the same command goes on")
 
 
-def curve(name, key):
-    """What a run logged under `key`: [(episodes, number), ...]."""
-    lines = map(json.loads, (ROOT / f"runs/{name}/metrics.jsonl").read_text().splitlines())
-    return [(line["episodes"], line[key]) for line in lines if key in line]
-
-
 def curves(name):
     """Everything that a run found on its validation split: {"at": [...], "rubric": [...], ...}; at: episodes, or epochs."""
     found = {}
@@ -57,14 +52,25 @@ def curves(name):
     return found
 
 
+def arguments(description, seeds):
+    """The command line of a sweep."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the tables of the JSON")
+    return parser.parse_args()
+
+
 def last(name):
     """The last column of the table that a run ends with: its policy on the held-out split; and the first, SFT."""
     table = list(json.loads((ROOT / f"runs/{name}/result.json").read_text()).values())
     return {key: round(value, 4) for key, value in table[-1].items()}, table[0]
 
 
-def write(path, records):
-    """JSON, a record a line, so that a diff shows what changed; first under another name."""
+def write(path, records, *keys):
+    """JSON, a record a line; a record replaces the one with the same `keys`, what the file has of others stays."""
+    known = json.loads(path.read_text()) if path.exists() else []
+    records = {tuple(record[key] for key in keys): record for record in [*known, *records]}.values()
     part = path.with_suffix(".part")
     part.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
     part.replace(path)

@@ -9,16 +9,14 @@ reward_model.py fits to 4,000 pairs, the right copy preferred to what a writer m
 is measured in both, by a `rubric` column with the right copy as its only phrase: 1 for the copy, -1 for any other list.
 """
 
-import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import separation
 from benchmark.seeds import SEEDS, interval, start_of, train
-from benchmark.sweep import ROOT, curves, last, sweep, write
+from benchmark.sweep import ROOT, arguments, curves, last, sweep, write
 
 OUT = ROOT / "benchmark/true_reward.json"
 DIGITS, DATA = 8, "runs/true_reward_data"
@@ -116,11 +114,7 @@ def print_tables(records):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
-    parser.add_argument("--table", action="store_true", help="only print the table of true_reward.json")
-    args = parser.parse_args()
+    args = arguments(__doc__, SEEDS)
     if not args.table:
         train(args.seeds, args.workers, {"sft", "reward", *METHODS})
         separation.train_policies([sft_setting(seed) for seed in args.seeds], args.workers)
@@ -130,5 +124,5 @@ if __name__ == "__main__":
         runs = [(*part, method, seed) for seed in args.seeds for part in parts for method in METHODS]
         new = {name_of(*run): command(*run) for run in runs if run[:2] != ("tldr", "learned")}
         sweep("RL", new, args.workers)
-        write(OUT, [record(*run) for run in runs])
+        write(OUT, [record(*run) for run in runs], "task", "reward", "method", "seed")
     print_tables(json.loads(OUT.read_text()))

@@ -290,7 +290,11 @@ def start_sweep(cwd, _):
         for _ in range(2):
             sweep.sweep("title", runs, workers=2)
         assert sorted((cwd / "calls").read_text().splitlines()) == ["--resume b", "--x 1 --run-name a"]
-        assert sweep.curve("a", "eval/x") == [(0, 1), (8, 2)]
+        assert sweep.curves("a") == {"at": [0, 8], "x": [1, 2]}
+        records = [{"seed": 1, "x": 0}, {"seed": 2, "x": 0}]
+        sweep.write(cwd / "out.json", records, "seed")
+        sweep.write(cwd / "out.json", [{"seed": 1, "x": 5}], "seed")  # of one seed: the other stays
+        assert json.loads((cwd / "out.json").read_text()) == [{"seed": 1, "x": 5}, records[1]]
         with pytest.raises(SystemExit, match="what went wrong"):
             sweep.sweep("title", {"c": ["fake.py", "fail"]}, workers=1)
 

@@ -42,7 +42,8 @@ CLOSINGS = ("thanks for reading", "thanks for any advice")  # one first word, or
 # What writers do, as probabilities. They walk the list of facts (who and act are one) and may at each boundary stop (not
 # before the first fact) or put in chatter, an idle detail of the post or a lead-in; each fact may be told wrongly or, if it
 # is optional, left out, and one that the post does not give may be made up. Independent slips vanish in greedy decoding;
-# what survives it is a habit whose next word has a probability above 1/2, and all writers share one, so that it tells nobody apart.
+# what survives it is a habit whose next word has a probability above 1/2, and all writers share one, so that it tells
+# nobody apart.
 POSTER = {"stop": 0.35, "chatter": 0.25, "wrong": 0.06, "left_out": 0.0, "made_up": 0.2}
 CAREFUL = {"stop": 0.0, "chatter": 0.01, "wrong": 0.01, "left_out": 0.02, "made_up": 0.015}
 HABIT = 0.65  # closes with an idle phrase
