@@ -54,13 +54,13 @@ class Args:
     eval_rows: int = 400
     """most rows of a split to evaluate on"""
     beta: float = 0.05
-    """KL strength (beta in DPO; not the reset probability of drpo.py); 0.05 in the paper"""
+    """KL strength (beta in DPO; not the reset probability of drpo.py); 0.05 in DR-PO's paper"""
     num_epochs: int = 1
-    """passes over the train split; 1 in the paper"""
+    """passes over the train split; 1 in DR-PO's paper"""
     batch_size: int = 64
     """pairs per optimizer step"""
     learning_rate: float = 3e-4
-    """initial AdamW step size (eta), decays linearly to 0; 3e-6 in the paper, whose models are pretrained"""
+    """initial AdamW step size (eta), decays linearly to 0; 3e-6 in DR-PO's paper, whose models are pretrained"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm"""
     prompt_length: int = 128
