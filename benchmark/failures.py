@@ -13,14 +13,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import separation
-from benchmark.seeds import start_of, train
+from benchmark.seeds import EVERY, start_of, train
 from benchmark.sweep import ROOT, arguments, curves, last, sweep, write
 
 OUT = ROOT / "benchmark/failures.json"
 FAILURES = {
     "no KL penalty": ["--kl-coef", 0],
-    "no EOS within the length": ["--response-length", 12],
-    "learning rate ten times too high": ["--learning-rate", 3e-3],
+    "no EOS, and a score of 0 for it": ["--response-length", 12, "--missing-eos-score", 0],
+    "learning rate a hundred times too high": ["--learning-rate", 3e-2],
     "reward model at chance": [],
     "one token, β = 1": ["--beta", 1],
     "one token, β = 0.5": ["--beta", 0.5],
@@ -56,6 +56,7 @@ def command(failure, seed):
         script, flags = "ppo.py", [*start_of(seed)[0], "--reward-path", f"models/failures_{seed}_chance"]
     else:
         script, flags = "ppo.py", start_of(seed)[1]
+    flags = [*flags, *EVERY]
     return [script, *flags, *FAILURES[failure], "--output-dir", f"models/{name_of(failure, seed)}"]
 
 

@@ -18,7 +18,7 @@ from statistics import mean
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark.seeds import SEEDS, start_of, train
+from benchmark.seeds import EVERY, SEEDS, start_of, train
 from benchmark.sweep import ROOT, arguments, curves, last, sweep, write
 
 OUT = ROOT / "benchmark/frontier.json"
@@ -33,7 +33,7 @@ def name_of(method, kl_coef, seed):
 
 def command(method, kl_coef, seed):
     name = name_of(method, kl_coef, seed)
-    return [f"{method}.py", *start_of(seed)[1], "--kl-coef", kl_coef, "--output-dir", f"models/{name}"]
+    return [f"{method}.py", *start_of(seed)[1], *EVERY, "--kl-coef", kl_coef, "--output-dir", f"models/{name}"]
 
 
 def record(method, kl_coef, seed):

@@ -190,12 +190,27 @@ def draw_failures(figure):
         for (name, part), (color, marker, line) in zip(parts.items(), looks):
             draw_band(axes, part, key, {"color": color, "marker": marker, "ls": line, "ms": 4, "label": name})
         axes.set(xlabel="episodes", title=title)
+    panels[2].set_yscale("symlog", linthresh=1)
     finish(*panels[:5], legend=False)
     panels[0].legend(fontsize=7)
     for name, style in (("one token, β = 1", DRPO), ("one token, β = 0.5", METHODS["drpo_0.5"][1])):
         draw_band(panels[5], parts[name], "score", style | {"ms": 4, "label": name})
     panels[5].set(xlabel="episodes", title="share of right answers", ylim=(-0.03, 1.03))
     finish(panels[5])
+
+
+def draw_coverage(figure):
+    """Right copies against sampled answers, a panel for every length; means and ranges over seeds."""
+    records = [run for run in load("coverage") if run["part"] == "coverage"]
+    looks = {"online_dpo": ("online DPO", PPO), "xpo": ("XPO, α = 0.01 throughout", DRPO)}
+    panels = figure.subplots(1, len(lengths := sorted({run["length"] for run in records})), sharey=True)
+    for axes, n in zip(panels, lengths):
+        for method, (label, style) in looks.items():
+            part = [run for run in records if (run["length"], run["method"]) == (n, method)]
+            draw_band(axes, part, "success", style | {"ms": 5, "label": label})
+        axes.set(xlabel="sampled answers", title=f"{n} digits, by chance {0.3**n:.1g}", ylim=(-0.03, 1.03))
+    panels[0].set(ylabel="held-out lists copied right")
+    finish(*panels)
 
 
 def finish(*panels, legend=True):
@@ -213,6 +228,7 @@ FIGURES = {  # each of benchmark/NAME.json
     "beta": (draw_beta, (10, 3.8)),
     "true_reward": (draw_true_reward, (11, 4.2)),
     "failures": (draw_failures, (12, 6.4)),
+    "coverage": (draw_coverage, (11, 3.8)),
 }
 
 

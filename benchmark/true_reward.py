@@ -6,7 +6,7 @@
 TL;DR: ppo.py and drpo.py with --reward-path data/tldr_mini/rubric.py; the runs on the learned reward model are those of
 benchmark/seeds.py (made if missing). Transcription, 8 digits: the rule as in benchmark/separation.py, and a reward model that
 reward_model.py fits to 4,000 pairs, the right copy preferred to what a writer made of the same list. The share of right copies
-is measured in both, by a `rubric` column with the right copy as its only phrase: 1 for the copy, -1 for any other list.
+is measured in both by the win rate: the reference is the right copy, which nothing else ties with.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import separation
-from benchmark.seeds import SEEDS, interval, start_of, train
+from benchmark.seeds import EVERY, SEEDS, interval, start_of, train
 from benchmark.sweep import ROOT, arguments, curves, last, sweep, write
 
 OUT = ROOT / "benchmark/true_reward.json"
@@ -25,15 +25,23 @@ REWARDS = {"true": "true reward", "learned": "reward model"}
 
 
 def write_data():
-    """data/transcription with a column that counts right copies, and as pairs."""
+    """data/transcription as pairs; and with the right copy as reference and only phrase of the rubric, so that a copy is a tie."""
     for split in ("train", "validation", "test"):
         rows = [json.loads(line) for line in (ROOT / f"data/transcription/{split}.jsonl").read_text().splitlines()]
         pairs = [{"prompt": r["prompt"], "chosen": r["answer"], "rejected": r["completion"]} for r in rows]
         pairs = [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
-        for name, lines in (("task", [row | {"rubric": [row["answer"].strip()]} for row in rows]), ("pairs", pairs)):
+        task = [row | {"completion": row["answer"], "rubric": [row["answer"].strip()]} for row in rows]
+        for name, lines in (("task", task), ("pairs", pairs)):
             path = ROOT / DATA / name / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def train_start(seeds, workers):
+    """The supervised policies of the lists, the data, the reward models."""
+    separation.train_policies([sft_setting(seed) for seed in seeds], workers)
+    write_data()
+    sweep("reward models of lists", {f"true_reward_{s}": reward_command(s) for s in seeds}, workers)
 
 
 def name_of(task, reward, method, seed):
@@ -61,7 +69,7 @@ def reward_command(seed):
 def command(task, reward, method, seed):
     name = name_of(task, reward, method, seed)
     if task == "tldr":
-        flags = [*start_of(seed)[0], "--reward-path", "data/tldr_mini/rubric.py"]
+        flags = [*start_of(seed)[0], *EVERY, "--reward-path", "data/tldr_mini/rubric.py"]
         return [f"{method}.py", *flags, "--output-dir", f"models/{name}"]
     flags = [
         "--dataset",
@@ -71,7 +79,7 @@ def command(task, reward, method, seed):
         "--seed",
         seed,
     ]
-    flags += ["--reset-column", "answer", "--beta", METHODS[method][1], "--kl-coef", 0.01, "--eval-rows", 200]
+    flags += ["--reset-column", "answer", "--beta", METHODS[method][1], "--kl-coef", 0.01, "--eval-rows", 200, *EVERY]
     flags += ["--reward-path", "data/transcription/reward.py" if reward == "true" else f"models/true_reward_{seed}"]
     return ["drpo.py", *flags, "--output-dir", f"models/{name}"]
 
@@ -80,8 +88,8 @@ def record(task, reward, method, seed):
     name = name_of(task, reward, method, seed)
     found = {"task": task, "reward": reward, "method": method, "seed": seed, "test": last(name)[0]} | curves(name)
     if task == "transcription":
-        found["rubric"] = [round((x + 1) / 2, 4) for x in found["rubric"]]  # the share of right copies
-        found["test"]["rubric"] = round((found["test"]["rubric"] + 1) / 2, 4)
+        found["rubric"] = [round(2 * x, 4) for x in found["win_rate"]]  # the share of right copies
+        found["test"]["rubric"] = round(2 * found["test"]["win_rate"], 4)
     return found
 
 
@@ -117,9 +125,7 @@ if __name__ == "__main__":
     args = arguments(__doc__, SEEDS)
     if not args.table:
         train(args.seeds, args.workers, {"sft", "reward", *METHODS})
-        separation.train_policies([sft_setting(seed) for seed in args.seeds], args.workers)
-        write_data()
-        sweep("reward models of lists", {f"true_reward_{s}": reward_command(s) for s in args.seeds}, args.workers)
+        train_start(args.seeds, args.workers)
         parts = [(task, reward) for task in ("tldr", "transcription") for reward in REWARDS]
         runs = [(*part, method, seed) for seed in args.seeds for part in parts for method in METHODS]
         new = {name_of(*run): command(*run) for run in runs if run[:2] != ("tldr", "learned")}
