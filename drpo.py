@@ -54,7 +54,7 @@ class Args:
     """split to watch in training"""
     eval_split: str = "test"
     """split for the final table; the picture uses `validation`"""
-    eval_every: int = 5
+    eval_every: int = 10
     """updates between two evaluations on the validation split"""
     eval_rows: int = 400
     """most rows of a split to evaluate on"""

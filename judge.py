@@ -3,7 +3,7 @@
 Every policy answers the same prompts; a judge compares each answer with the reference. The judge is the dataset's exact
 rubric, a second reward model, or a language model behind any OpenAI-compatible endpoint.
 
-    python judge.py                                        # embedded task; trains the four policies that are missing
+    python judge.py                                        # embedded task; of SFT, DPO, PPO, DR-PO trains what is missing
     python judge.py --policies models/sft my_drpo --split shifted
     python judge.py --judge api --api-model my-judge --api-base-url http://localhost:8000/v1
 
@@ -46,8 +46,8 @@ from plumbing.tokens import encode, encode_rows, end_ids, pad, trim
 class Args:
     """what is compared, and by whom; everything else is in plumbing/flags.py"""
 
-    policies: tuple[str, ...] = ("models/sft", "models/dpo", "models/ppo", "models/drpo")
-    """folders or hub names of the policies to compare; of these defaults, the missing ones are trained"""
+    policies: tuple[str, ...] = ()
+    """folders or hub names of the policies to compare; none: PAPER's, trained if missing, and RELATIVES' where they are"""
     seed: int = 1
     """seed of every random draw: prompts, sampling, bootstrap"""
     dataset: str = "data/tldr_mini/reference"
@@ -100,6 +100,10 @@ class Args:
     """seconds before the second try, doubled each time; a Retry-After of the server takes its place"""
     max_requests: int = 10_000
     """spending limit: most requests sent in this run, repeated tries included"""
+
+
+PAPER = [f"models/{name}" for name in ("sft", "dpo", "ppo", "drpo")]
+RELATIVES = [f"models/{name}" for name in ("dpo_ln", "online_dpo", "xpo", "rejection_sampling", "rto")]
 
 
 # rollout
@@ -338,8 +342,7 @@ def check_endpoint(args):
 
 if __name__ == "__main__":
     args = read_args(Args, may_be_0="num_prompts max_requests api_backoff", trains=False)
-    if not args.policies:
-        fail("--policies needs at least one folder or hub name")
+    args.policies = args.policies or tuple(PAPER + list(filter(os.path.isdir, RELATIVES)))
     if args.judge == "api" and not args.api_model:
         fail("--judge api needs --api-model, the name of the judge at --api-base-url")
     question, options = read_question(args.judge_prompt), check_endpoint(args)

@@ -121,11 +121,14 @@ class Start:
         self.planned[os.path.normpath(path)] = {"base": base, "labels": labels}
 
     def named_models(self):
-        """Name -> model, trained ones first; of the frozen ones there is at most one of each kind."""
+        """Name -> model, trained ones first; a second frozen policy is the one that rto.py reads."""
         owner, found = {id(x): name.split(".")[0] for name, x in self.parameters.items()}, {}
         for model in self.models:
             names = {owner[id(x)] for x in model.parameters() if id(x) in owner}
-            found[names.pop() if names else "reward_model" if hasattr(model, "score") else "ref_policy"] = model
+            kind = (
+                "reward_model" if hasattr(model, "score") else "dpo_policy" if "ref_policy" in found else "ref_policy"
+            )
+            found[names.pop() if names else kind] = model
         return dict(sorted(found.items(), key=lambda item: not trained_part(item[1], self.parameters)))
 
     def judged_models(self):
@@ -203,7 +206,7 @@ if __name__ == "__main__":
         metavar="PATH=BASE",
         help="a policy or reward model of another run, and the model it starts from; may be given several times",
     )
-    parser.add_argument("script", help="sft.py, reward_model.py, dpo.py, ppo.py, drpo.py or judge.py")
+    parser.add_argument("script", help="a training script, or judge.py")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own")
     options = parser.parse_args()
     planned = {}

@@ -23,13 +23,13 @@ OUT = ROOT / "benchmark/reset_rules.json"
 RULES, LENGTHS = ("uniform", "backward", "cosine", "adaptive"), (8, 12)
 
 
-def write_script(folder, rule):
-    """drpo.py with benchmark/resets/RULE.diff -> its path. Uniform is the paper's rule, which drpo.py has."""
+def write_script(folder, rule, kind="resets"):
+    """drpo.py with benchmark/KIND/RULE.diff -> its path. Uniform is the paper's rule, which drpo.py has."""
     folder = Path(folder, rule)
     folder.mkdir()
     (folder / "drpo.py").write_bytes((ROOT / "drpo.py").read_bytes())
     if rule != "uniform":
-        subprocess.run(["git", "apply", ROOT / f"benchmark/resets/{rule}.diff"], cwd=folder, check=True)
+        subprocess.run(["git", "apply", ROOT / f"benchmark/{kind}/{rule}.diff"], cwd=folder, check=True)
     return folder / "drpo.py"
 
 

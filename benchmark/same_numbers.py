@@ -3,7 +3,7 @@
     python benchmark/same_numbers.py                       # against 7194241, before plumbing/; about 4 minutes on two cores
     python benchmark/same_numbers.py --commit HEAD
 
-All five scripts of both trees run on a few rows, on the CPU, with one thread and seed 1: there, what is computed in the same
+The five scripts that both trees have run on a few rows, on the CPU, with one thread and seed 1: there, what is computed in the same
 way comes out the same to the last bit. So do runs that should agree within the new tree: drpo.py --beta 0 and ppo.py, a
 stopped and resumed run and one left alone. The RL scripts start from the old tree's models. Exit code 1 if anything differs.
 """

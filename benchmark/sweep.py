@@ -47,7 +47,7 @@ def curves(name):
     found = {}
     for line in map(json.loads, (ROOT / f"runs/{name}/metrics.jsonl").read_text().splitlines()):
         point = {key.removeprefix("eval/"): value for key, value in line.items() if key.startswith("eval/")}
-        for key, value in ({"at": line.get("episodes", line.get("epoch"))} | point).items() if point else ():
+        for key, value in ({"at": line.get("episodes", line.get("epoch", 0))} | point).items() if point else ():
             found.setdefault(key, []).append(round(value, 4))
     return found
 

@@ -1,7 +1,8 @@
 """What the scripts run on without a hub: the embedded tasks, a model for them, and how their models are made."""
 
 # folder -> the script that trains it, with its flags; the scripts run that themselves where the folder is missing
-COMMANDS = {f"models/{name}": (f"{name}.py",) for name in ("sft", "dpo", "ppo", "drpo")}
+POLICIES = ("sft", "dpo", "dpo_ln", "ppo", "drpo", "rto", "online_dpo", "xpo", "rejection_sampling")
+COMMANDS = {f"models/{name}": (f"{name}.py",) for name in POLICIES}
 COMMANDS |= {"models/reward": ("reward_model.py",)}
 COMMANDS |= {
     "models/transcription": (

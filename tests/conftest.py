@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -101,6 +101,11 @@ def read_rows(file):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+def slow_for(names, scripts):
+    """Parameters of a test: the same names, of which some run with -m slow only, as their parent covers most of them."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in names else name for name in scripts]
+
+
 def write_dataset(folder, task, sizes=(8, 8, 8), edit=lambda rows: rows):
     """A folder with the first rows of each split of an embedded dataset, passed through `edit`."""
     folder.mkdir(parents=True)
@@ -114,7 +119,10 @@ def write_dataset(folder, task, sizes=(8, 8, 8), edit=lambda rows: rows):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Small datasets, and an SFT and a reward model that the real scripts trained on them for a few steps."""
+    """Small datasets, and an SFT and a reward model that the real scripts trained on them for a few steps.
+
+    What stands for a DPO policy is the SFT policy with its weights moved at random, which takes no time.
+    """
     folder = tmp_path_factory.mktemp("models")
     reference = write_dataset(folder / "reference", "reference", (256, 32, 32))
     preference = write_dataset(folder / "preference", "preference", (256, 32, 32))
@@ -131,6 +139,11 @@ def models(tmp_path_factory):
         *("--output-dir", reward, "--run-name", "reward", *steps),
         cwd=folder,
     )
+    dpo, moved, noise = folder / "dpo", AutoModelForCausalLM.from_pretrained(sft), torch.Generator().manual_seed(5)
+    for tensor in moved.parameters():
+        tensor.data += 0.1 * tensor.std() * torch.randn(tensor.shape, generator=noise)
+    moved.save_pretrained(dpo)
+    AutoTokenizer.from_pretrained(sft).save_pretrained(dpo)
     flags = ("--dataset", reference, "--sft-path", sft, "--reward-path", reward)  # what an RL script needs
     return SimpleNamespace(
         folder=folder,
@@ -138,7 +151,9 @@ def models(tmp_path_factory):
         preference=preference,
         sft=sft,
         reward=reward,
+        dpo=dpo,
         flags=flags,
+        rl={"ppo.py": flags, "drpo.py": flags, "rto.py": (*flags, "--dpo-path", dpo)},
         steps=steps,
         sft_run=sft_run,
         reward_run=reward_run,

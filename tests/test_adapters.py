@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics, read_rows, run_here
+from conftest import ROOT, read_metrics, read_rows, run_here, slow_for
 from test_architectures import CONFIGS, random_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -114,7 +114,33 @@ def test_a_rollout_with_recomputation_still_uses_the_cache():
     assert lengths[0] == 8 and set(lengths[1:]) == {1}
 
 
-@pytest.mark.parametrize("name", ("sft", "reward_model", "dpo", "ppo", "drpo"))
+SCRIPTS = ("sft", "reward_model", "dpo", "ppo", "drpo", "rto", "online_dpo", "xpo", "rejection_sampling")
+ROUNDS = ("--prompts-per-round", 16, "--samples-per-prompt", 3, "--updates-per-round", 2, "--batch-size", 16)
+ROUNDS += ("--total-episodes", 48, "--eval-rows", 16)
+REJECTION = (
+    "--prompts-per-step",
+    3,
+    "--samples-per-prompt",
+    8,
+    "--num-steps",
+    2,
+    "--updates-per-step",
+    2,
+    "--eta",
+    0.2,
+)
+REJECTION += ("--batch-size", 16, "--eval-rows", 16)
+
+
+def flags_of_new_pairs(models):
+    return {
+        "online_dpo": (*models.flags, *ROUNDS),
+        "xpo": (*models.flags, *ROUNDS, "--alpha", 0.1, "--second-reference"),
+        "rejection_sampling": (*models.flags, *REJECTION),
+    }
+
+
+@pytest.mark.parametrize("name", slow_for({*SCRIPTS} - {"reward_model", "drpo"}, SCRIPTS))
 def test_every_script_trains_adapters(name, models, tmp_path):
     pairs, steps = ("--dataset", models.preference, "--sft-path", models.sft), ("--num-epochs", 1, "--batch-size", 64)
     rl = ("--total-episodes", 48, "--batch-size", 16, "--minibatch-size", 16, "--eval-every", 3, "--eval-rows", 32)
@@ -122,10 +148,11 @@ def test_every_script_trains_adapters(name, models, tmp_path):
         "sft": ("--dataset", models.reference, "--base-model", models.sft, *steps),
         "reward_model": (*pairs, *steps, "--reference-dataset", models.reference),
         "dpo": (*pairs, *steps),
-    }.get(name, (*models.flags, *rl))
+        **flags_of_new_pairs(models),
+    }.get(name) or (*models.rl[f"{name}.py"], *rl)
     run_here(f"{name}.py", *flags, *LORA, "--output-dir", "out", "--run-name", "run", cwd=tmp_path)
     metrics = read_metrics(tmp_path / "runs/run")
-    if name in ("ppo", "drpo"):
+    if f"{name}.py" in models.rl:
         assert metrics[0]["policy/first_ratio_error"] < 1e-6 and metrics[0]["objective/kl"] == 0
         assert metrics[-1]["objective/kl"] != 0
     kind = SEQ if name == "reward_model" else AutoModelForCausalLM
@@ -144,14 +171,15 @@ def test_without_peft_the_error_says_what_to_install(models, tmp_path, monkeypat
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", ("sft", "reward_model", "dpo", "ppo", "drpo"))
+@pytest.mark.parametrize("name", slow_for({*SCRIPTS} - {"reward_model", "drpo"}, SCRIPTS))
 def test_the_numbers_at_the_end_are_those_of_the_saved_folder(name, models, tmp_path):
     """In bfloat16 with adapters: the same script starts again from the folder, and says the same before its first step."""
     pairs = ("--dataset", models.preference, "--num-epochs", 1, "--batch-size", 64)
     references = ("--dataset", models.reference, "--num-epochs", 1, "--batch-size", 64)
-    rl = (*models.flags, "--total-episodes", 16, "--batch-size", 16, "--minibatch-size", 16, "--eval-rows", 16)
+    rl = models.rl.get(f"{name}.py", ())
+    rl += ("--total-episodes", 16, "--batch-size", 16, "--minibatch-size", 16, "--eval-rows", 16)
     flags = {"sft": references, "dpo": pairs, "reward_model": (*pairs, "--reference-dataset", models.reference)}
-    flags = (*flags.get(name, rl), "--dtype", "bfloat16")
+    flags = (*(flags | flags_of_new_pairs(models)).get(name, rl), "--dtype", "bfloat16")
     start = "--base-model" if name == "sft" else "--sft-path"
 
     def run(folder, *more):

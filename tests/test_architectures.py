@@ -94,13 +94,13 @@ def test_two_steps_of_every_script(architecture, quirk, tmp_path):
         cwd=tmp_path,
     )
     run_here("dpo.py", *pairs, *two, "--sft-path", "sft", *named("dpo"), cwd=tmp_path)
-    for name in ("ppo", "drpo"):
+    for name, more in {"ppo": (), "drpo": (), "rto": ("--dpo-path", "dpo")}.items():
         steps = ("--total-episodes", 32, "--batch-size", 16, "--minibatch-size", 16, "--eval-every", 2)
-        run_here(f"{name}.py", *data, *models, *steps, *named(name), cwd=tmp_path)
+        run_here(f"{name}.py", *data, *models, *more, *steps, *named(name), cwd=tmp_path)
         first, *_ = metrics = read_metrics(tmp_path / "runs" / name)
         assert len(metrics) == 2 and all(np.isfinite(list(line.values())).all() for line in metrics)
         assert first["policy/first_ratio_error"] < 1e-5  # the rollout sees what the update sees
-    policies = ("--policies", "sft", "dpo", "ppo", "drpo")
+    policies = ("--policies", "sft", "dpo", "ppo", "drpo", "rto")
     run_here("judge.py", *data, *policies, *models, "--run-name", "judge", cwd=tmp_path)
     assert set(json.loads((tmp_path / "runs/judge/result.json").read_text())) == set(policies[1:])
 

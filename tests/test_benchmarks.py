@@ -1,20 +1,24 @@
 """Every script in benchmark/ starts: small real runs in this process where there are some, its own functions otherwise."""
 
+import contextlib
+import dataclasses
 import html
 import importlib.util
+import io
 import itertools
 import json
 import math
 import re
 import subprocess
 import sys
+from functools import partial
 from statistics import mean, pstdev
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics, read_rows, run_here, run_script, write_dataset
+from conftest import ROOT, read_metrics, read_rows, run_here, run_script, slow_for, write_dataset
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -232,20 +236,104 @@ def start_beta(*_):
 
 
 def start_true_reward(cwd, _):
-    """The column that counts right copies is 1 for them and -1 for any other list; the pairs never hold equal lists."""
+    """Nothing but a right copy ties with the reference, parts of it neither; the pairs never hold equal lists."""
     true_reward = module("true_reward.py")
     (cwd / "data").symlink_to(ROOT / "data")
     with mock.patch.object(true_reward, "ROOT", cwd):
         true_reward.write_data()
-    rows = read_rows(cwd / true_reward.DATA / "task/test.jsonl")
-    scores = [
-        (rubric_score(row["answer"], row["rubric"]), rubric_score(row["completion"], row["rubric"])) for row in rows
-    ]
-    assert {right for right, _ in scores} == {1.0} and {wrong for _, wrong in scores} == {-1.0}
-    assert rubric_score(rows[0]["answer"] + rows[0]["answer"][:4], rows[0]["rubric"]) < 1
+    rows, pairs = (read_rows(cwd / true_reward.DATA / f"{part}/test.jsonl") for part in ("task", "pairs"))
+    written = {pair["prompt"]: pair["rejected"] for pair in pairs}
+    for row in rows:
+        answer, quality = row["answer"], partial(rubric_score, facts=row["rubric"])
+        assert row["completion"] == answer and quality(answer) == 1
+        others = [
+            "",
+            answer[:4],
+            answer[:-1],
+            answer[:-2],
+            answer + answer[:4],
+            answer + " 5",
+            written.get(row["prompt"], ""),
+        ]
+        assert max(map(quality, others)) < 1
     assert all(row["chosen"] != row["rejected"] for row in read_rows(cwd / true_reward.DATA / "pairs/train.jsonl"))
     scripts = {true_reward.command(task, "learned", "ppo", 1)[0] for task in ("tldr", "transcription")}
     assert scripts == {"ppo.py", "drpo.py"}
+
+
+def knows(command):
+    """Whether a script has the flags that it is given."""
+    script, *flags = command
+    known = {field.name for field in dataclasses.fields(importlib.import_module(script[:-3]).Args)} | {"eval_rows"}
+    used = [x[2:].replace("-", "_") for x in flags if str(x).startswith("--")]
+    return set(used) <= known and len(set(used)) == len(used)
+
+
+def start_relatives(cwd, _):
+    """Commands that the scripts know and that are those of the page; what was spent is what was logged; the tables."""
+    relatives = module("relatives.py")
+    every = list(itertools.product(relatives.TASKS, relatives.METHODS, (1, 2)))
+    assert all(knows(relatives.command(*run)) for run in every if run[1] != "sft")
+    names = [relatives.name_of(*run) for run in every] + [relatives.model_of(*run) for run in every]
+    assert len(set(names)) == len(names)
+    for method, wanted in (
+        ("drpo_0.5", "drpo.py --beta 0.5 --kl-coef 0.01 --reset-column answer"),
+        ("rso", "rejection_sampling.py --num-steps 1 --prompts-per-step 639 --updates-per-step 120 --eta 0.5"),
+        ("xpo", "xpo.py --beta 0.1 --alpha 0.01 --alpha-rounds 1000000"),
+        ("rto", "rto.py --dpo-path models/relatives_dpo_1 --kl-coef 0.01"),
+        ("dpo_ln", "dpo_ln.py --dataset runs/true_reward_data/pairs"),
+    ):
+        found = " ".join(map(str, relatives.command("transcription", method, 1)))
+        script, *flags = wanted.split(" --")
+        assert found.startswith(script) and all(f" --{flag}" in found for flag in flags), found
+
+    def keep(path, text):
+        (cwd / "runs" / path).parent.mkdir(parents=True, exist_ok=True)
+        (cwd / "runs" / path).write_text(text)
+
+    lines = [{"time/rollout": 2, "time/tokens_per_second": 50, "time/score": 1}, {"time/optimise": 4}, {"eval/x": 1}]
+    keep("seeds_1_ppo/metrics.jsonl", "\n".join(map(json.dumps, lines)))
+    row = dict.fromkeys(("win_rate", "rubric", "score", "kl", "length", "eos"), 0.5)
+    seeds = sys.modules["benchmark.seeds"]
+    with mock.patch.object(relatives, "ROOT", cwd), mock.patch.object(seeds, "ROOT", cwd):
+        assert relatives.spent("seeds_1_ppo") == {"tokens": 100, "seconds": 7}
+        assert relatives.spent("expo") == {"tokens": None, "seconds": None}
+        for task, temperature in itertools.product(relatives.TASKS, relatives.TEMPERATURES):
+            rows = {relatives.model_of(task, method, 1): row for method in relatives.METHODS}
+            keep(f"{relatives.judged(task, 1, temperature)}/result.json", json.dumps(rows))
+        records = [relatives.record(task, method, 1) for task in relatives.TASKS for method in relatives.METHODS]
+    found = {(x["task"], x["method"]): x["1.0"]["rubric"] for x in records}
+    assert (found["tldr", "ppo"], found["transcription", "ppo"]) == (0.5, 1)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        relatives.print_tables(records)
+    assert "| PPO | 0.500 | 0.500 | 50.0 | 50.0 | 0.500 | 0.500 | 0.5 | 50.0 | 100 | 7 |" in out.getvalue()
+    assert out.getvalue().count("| RTO | +0.000 ± nan | +0.000 ± nan |") == 2
+
+
+def start_coverage(*_):
+    """Every run once, with flags that its script knows; the tables and the figure."""
+    coverage, plot = module("coverage.py"), module("plot.py")
+    runs = [*coverage.coverage_runs((1, 2)), *coverage.sweep_runs((1, 2))]
+    assert len({name for name, *_ in runs}) == len(runs) == 2 * (6 + 30)
+    assert all(knows(command) for *_, command in runs)
+    commands = {name: " ".join(map(str, command)) for name, _, command in runs}
+    assert "--beta 0.1 --alpha 0.01 --alpha-rounds 1000000" in commands["coverage_8_xpo_1"]
+    assert "--alpha" not in commands["xpo_tldr_2.0_paper_1"] and "--beta 2.0" in commands["xpo_tldr_2.0_paper_1"]
+    records = []
+    for _, what, _ in runs:
+        end = 0.5 if what["seed"] == 1 else 0.25
+        run = {"at": [0, 1024, 10240], "success": [0, end / 2, end], "test": {"win_rate": end, "kl": 2.0}}
+        records.append(what | run)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        coverage.print_tables(records)
+    assert "| 8, 7e-05 | 0.38 (0.25 to 0.50) | 0.38 (0.25 to 0.50) |" in out.getvalue()
+    assert out.getvalue().count("| 0.1 | 37.5 (25.0 to 50.0), 2.0 |") == 2
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    with mock.patch.object(plot, "load", lambda _: records):
+        plot.draw_coverage(figure)
+    assert [list(line.get_ydata()) for line in figure.axes[2].lines] == [[0, 0.1875, 0.375]] * 2
 
 
 def start_failures(*_):
@@ -335,6 +423,36 @@ def start_reset_rules(cwd, folder):
         run_here(script, *flags, "--run-name", rule, "--output-dir", f"models/{rule}", cwd=cwd)
     uniform, *others = (read_metrics(cwd / "runs" / rule) for rule in found.RULES)
     assert all(other[0]["reset/length"] != uniform[0]["reset/length"] for other in others)
+
+
+def start_deviations(cwd, folder):
+    """Ours are the runs of other sweeps; judged again at a run's own temperature, its policy is what the run found it to be."""
+    found, seeds, separation = module("deviations.py"), module("seeds.py"), module("separation.py")
+    keys = [(task, name, seed) for task in found.TASKS for name in (found.OURS, *found.DEVIATIONS) for seed in (1, 2)]
+    runs = {found.run_of(*key): tuple(found.command(*key, "drpo.py")) for key in keys}
+    assert len(runs) == len({command[-1] for command in runs.values()}) == len(keys)  # the last is the model's folder
+    known = [seeds.stages([seed])[2][1][f"seeds_{seed}_drpo"] for seed in (1, 2)]
+    known += [separation.rl_command(x) for x in separation.settings(1) if (x["length"], x["beta"]) == (8, 1)][:1]
+    assert {*map(tuple, known)} <= {*runs.values()}
+
+    data, cold = write_dataset(cwd / "data", "reference", (16, 8, 8)), found.COLD
+    flags = ("--dataset", data, "--sft-path", folder / "sft", "--reward-path", folder / "reward", *RL)
+    run_here("drpo.py", *flags, "--temperature", cold, "--run-name", "a", "--output-dir", cwd / "out", cwd=cwd)
+    with mock.patch.object(found, "ROOT", cwd):
+        again = found.cold("a")
+    assert again == pytest.approx(json.loads((cwd / "runs/a/result.json").read_text())["DR-PO"], abs=1e-4)
+
+    lists = {"score": [0.5, -0.25], "eos": [1, 0.75]}
+    assert found.with_success("transcription", lists) == lists | {"success": [0.5, 0]}
+    assert found.with_success("tldr_mini", lists) == lists
+    task, records = "transcription", []
+    for number, (name, seed) in enumerate((name, seed) for name in (found.OURS, *found.DEVIATIONS) for seed in (1, 2)):
+        test = {"success": 0.5 + 0.01 * number**2, "kl": 2.0, "length": 17.0}
+        curves = {"at": [0, 320], "success": [0, 0.6]}
+        records.append({"task": task, "deviation": name, "seed": seed, "test": test, "cold": test} | curves)
+    lines = found.table(task, records).splitlines()
+    assert lines[2].startswith("| ours, itself | 0.505 | 0.505 | 2.00 | 17.0 | 320 (320 to 320); 0.60 |")
+    assert lines[3].startswith("| value_loss | +0.060 ± 0.254 |")  # +0.04 and +0.08
 
 
 def start_plot(cwd, _):
@@ -531,7 +649,7 @@ def test_rollout_needs_matplotlib(tmp_path):
     assert (done.returncode, done.stderr) == (2, "error: the picture needs matplotlib: pip install matplotlib\n")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", slow_for(("rollout.py",), SCRIPTS))
 def test_starts(name, tmp_path, random_models):
     start = globals().get(f"start_{name.removesuffix('.py')}")
     assert start, f"benchmark/{name} needs a start_{name.removesuffix('.py')} here"

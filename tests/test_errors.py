@@ -12,18 +12,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from conftest import ROOT, random_model, read_metrics, run_here, run_script, write_dataset
+from conftest import ROOT, random_model, read_metrics, run_here, run_script, slow_for, write_dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from plumbing import new_folder, try_folder, write_text, writing
 
 BASE = ROOT / "data/tiny_pythia"
-TRAINING = ("ppo.py", "drpo.py", "sft.py", "reward_model.py", "dpo.py")
+RL = ("ppo.py", "drpo.py", "rto.py", "online_dpo.py", "xpo.py", "rejection_sampling.py")
+TRAINING = (*RL, "sft.py", "reward_model.py", "dpo.py", "dpo_ln.py")
 
 
 def assert_error(code, stderr, culprit):
@@ -70,7 +72,7 @@ def given(tmp_path_factory):
 def data_flags(script, given):
     if script == "reward_model.py":
         return "--dataset", given.preference, "--reference-dataset", given.reference
-    if script == "dpo.py":
+    if script in ("dpo.py", "dpo_ln.py"):
         return "--dataset", given.preference, "--batch-size", 8
     return "--dataset", given.reference
 
@@ -79,8 +81,10 @@ def good_flags(script, given):
     models = ("--sft-path", given.sft)
     if script == "sft.py":
         models = ("--base-model", BASE, "--num-epochs", 2)
-    elif script in ("ppo.py", "drpo.py"):
+    elif script in RL:
         models += ("--reward-path", given.reward)
+    if script == "rto.py":
+        models += ("--dpo-path", given.sft)
     return *data_flags(script, given), *models
 
 
@@ -93,6 +97,17 @@ def dataset(task, edit):
     return lambda given, folder: ("--dataset", write_dataset(folder / "dataset", task, edit=edit))
 
 
+def pairs_without(column):
+    return lambda given, folder: (
+        "--preference-dataset",
+        write_dataset(folder / "pairs", "preference", edit=without(column)),
+    )
+
+
+def hybrid(*more):
+    return lambda given, folder: ("--preference-dataset", given.preference, *more)
+
+
 def without(column):
     return lambda rows: [{key: x for key, x in row.items() if key != column} for row in rows]
 
@@ -101,12 +116,12 @@ def put(column, value):
     return lambda rows: [row | {column: value} for row in rows]
 
 
-def other_vocabulary(given, folder):
-    shutil.copytree(given.reward, folder / "other_reward")
+def other_vocabulary(given, folder, kind="reward"):
+    shutil.copytree(getattr(given, kind), folder / f"other_{kind}")
     tokenizer = AutoTokenizer.from_pretrained(given.reward)
     tokenizer.add_tokens(["unheardof"])
-    tokenizer.save_pretrained(folder / "other_reward")
-    return "--reward-path", folder / "other_reward"
+    tokenizer.save_pretrained(folder / f"other_{kind}")
+    return "--dpo-path" if kind == "sft" else "--reward-path", folder / f"other_{kind}"
 
 
 def two_outputs(given, folder):
@@ -144,6 +159,9 @@ CASES = [
     ("drpo.py", flags(*NO_DIVISOR), "--minibatch-size must divide"),
     ("drpo.py", flags("--beta", 1.5), "--beta 1.5"),
     ("drpo.py", flags("--beta", -0.1), "--beta -0.1"),
+    ("rto.py", flags("--beta1", -0.1), "--beta1 -0.1"),
+    ("rto.py", flags("--token-reward-clip", 0), "--token-reward-clip 0"),
+    ("rto.py", flags("--dpo-path", "models/dpo"), "--sft-path needs --dpo-path"),
     ("sft.py", flags("--num-epochs", 2, "--batch-size", 17), "the 16 rows of all epochs do not fill --batch-size 17"),
     (
         "reward_model.py",
@@ -151,10 +169,17 @@ CASES = [
         "the 16 rows of all epochs do not fill --batch-size 17",
     ),
     ("dpo.py", flags("--batch-size", 9), "the 8 rows of all epochs do not fill --batch-size 9"),
+    ("online_dpo.py", flags("--samples-per-prompt", 1), "--samples-per-prompt must be at least 2"),
+    ("online_dpo.py", flags("--total-episodes", 0), "--total-episodes at least"),
+    ("online_dpo.py", flags("--total-episodes", 31, "--prompts-per-round", 8, "--samples-per-prompt", 4), "at least"),
+    ("online_dpo.py", hybrid("--total-episodes", 31), "--total-episodes at least"),
+    ("xpo.py", flags("--total-episodes", 0), "--total-episodes at least"),
+    ("rejection_sampling.py", flags("--samples-per-prompt", 1), "--samples-per-prompt must be at least 2"),
     # the columns they ask for
     ("ppo.py", dataset("reference", without("completion")), "'completion'"),
     ("ppo.py", dataset("reference", NUMBER), "column 'completion'"),
     ("drpo.py", dataset("reference", without("prompt")), "'prompt'"),
+    ("rejection_sampling.py", dataset("reference", without("completion")), "'completion'"),
     ("drpo.py", flags("--reset-column", "draft"), "'draft'"),
     ("sft.py", dataset("reference", without("prompt")), "'prompt'"),
     ("sft.py", dataset("reference", NUMBER), "column 'completion'"),
@@ -162,6 +187,9 @@ CASES = [
     ("reward_model.py", dataset("preference", OBJECT), "column 'chosen'"),
     ("dpo.py", dataset("preference", without("rejected")), "'rejected'"),
     ("dpo.py", dataset("preference", OBJECT), "column 'chosen'"),
+    ("dpo_ln.py", dataset("preference", without("rejected")), "'rejected'"),
+    ("online_dpo.py", dataset("reference", without("prompt")), "'prompt'"),
+    ("online_dpo.py", pairs_without("rejected"), "'rejected'"),
     # every flag that names data
     ("ppo.py", flags("--dataset", "no/such"), "no/such"),
     ("ppo.py", flags("--train-split", "nowhere"), "'nowhere'"),
@@ -171,6 +199,7 @@ CASES = [
     ("drpo.py", flags("--train-split", "nowhere"), "'nowhere'"),
     ("drpo.py", flags("--validation-split", "nowhere"), "'nowhere'"),
     ("drpo.py", flags("--eval-split", "nowhere"), "'nowhere'"),
+    ("rejection_sampling.py", flags("--eval-split", "nowhere"), "'nowhere'"),
     ("sft.py", flags("--dataset", "no/such"), "no/such"),
     ("sft.py", flags("--train-split", "nowhere"), "'nowhere'"),
     ("sft.py", flags("--validation-split", "nowhere"), "'nowhere'"),
@@ -179,13 +208,21 @@ CASES = [
     ("reward_model.py", flags("--train-split", "nowhere"), "'nowhere'"),
     ("reward_model.py", flags("--eval-split", "nowhere"), "'nowhere'"),
     ("dpo.py", flags("--dataset", "no/such"), "no/such"),
+    ("dpo_ln.py", flags("--dataset", "no/such"), "no/such"),
     ("dpo.py", flags("--train-split", "nowhere"), "'nowhere'"),
     ("dpo.py", flags("--validation-split", "nowhere"), "'nowhere'"),
+    ("online_dpo.py", flags("--dataset", "no/such"), "no/such"),
+    ("online_dpo.py", flags("--preference-dataset", "no/such"), "no/such"),
+    ("online_dpo.py", flags("--eval-split", "nowhere"), "'nowhere'"),
     # every flag that names a model
+    ("online_dpo.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
+    ("online_dpo.py", flags("--reward-path", "no/such/reward"), "no/such/reward"),
     ("ppo.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
     ("ppo.py", flags("--reward-path", "/no/such/reward"), "/no/such/reward"),
     ("drpo.py", flags("--sft-path", "no/such/sft"), "no/such/sft"),
     ("drpo.py", flags("--reward-path", "no/such/reward"), "no/such/reward"),
+    ("rto.py", flags("--dpo-path", "no/such/dpo"), "no/such/dpo"),
+    ("rejection_sampling.py", flags("--reward-path", "no/such/reward"), "no/such/reward"),
     ("sft.py", flags("--base-model", "/no/such/base"), "/no/such/base"),
     ("reward_model.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
     ("dpo.py", flags("--sft-path", "/no/such/sft"), "/no/such/sft"),
@@ -194,8 +231,11 @@ CASES = [
     ("drpo.py", two_outputs, "is no reward model"),
     ("ppo.py", other_vocabulary, "other_reward has another vocabulary than"),
     ("drpo.py", other_vocabulary, "other_reward has another vocabulary than"),
+    ("rto.py", partial(other_vocabulary, kind="sft"), "other_sft has another vocabulary than"),
+    ("rto.py", lambda given, folder: ("--dpo-path", given.reward), "lacks "),
     ("ppo.py", without_weights("--sft-path"), "safetensors"),
     ("drpo.py", without_weights("--sft-path"), "safetensors"),
+    ("rto.py", without_weights("--dpo-path"), "safetensors"),
     ("reward_model.py", without_weights("--sft-path"), "safetensors"),
     ("dpo.py", without_weights("--sft-path"), "safetensors"),
     ("ppo.py", flags("--prompt-length", 500), "512 positions"),
@@ -220,14 +260,20 @@ def test_bad_input_is_one_line(script, change, culprit, given, tmp_path):
 LAUNCHES = {
     "ppo.py": ("--temperature", 0),
     "drpo.py": ("--beta", 1.5),
+    "rto.py": ("--beta1", -0.1),
     "sft.py": ("--base-model", "/no/such/base"),
     "reward_model.py": ("--eval-split", "nowhere"),
     "dpo.py": ("--sft-path", "/no/such/sft"),
+    "dpo_ln.py": ("--sft-path", "/no/such/sft"),
+    "expo.py": ("--aligned-path", "/no/such/dpo"),
+    "online_dpo.py": ("--temperature", 0),
+    "xpo.py": ("--alpha", -1),
+    "rejection_sampling.py": ("--eta", -3.5),
     "judge.py": ("--split", "nowhere"),
 }
 
 
-@pytest.mark.parametrize("script", LAUNCHES)
+@pytest.mark.parametrize("script", slow_for(("dpo_ln.py", "rto.py", "online_dpo.py", "expo.py"), LAUNCHES))
 def test_a_real_launch_ends_with_code_2(script, tmp_path):
     flag, value = LAUNCHES[script]
     done = run_script(script, flag, value, cwd=tmp_path, check=False)
@@ -259,8 +305,8 @@ def started(monkeypatch, given):
 
     def popen(command, **kwargs):
         names.append(os.path.basename(command[1]))
-        kind = {"sft.py": "sft", "reward_model.py": "reward"}[names[-1]]
-        shutil.copytree(getattr(given, kind), f"models/{kind}")
+        kind = {"sft.py": "sft", "reward_model.py": "reward", "dpo.py": "dpo"}[names[-1]]
+        shutil.copytree(given.reward if kind == "reward" else given.sft, f"models/{kind}")
         return SimpleNamespace(wait=lambda: 0)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
@@ -275,9 +321,13 @@ LATE = [
     ("drpo.py", flags("--sft-path", "no_sft"), "no_sft"),
     ("drpo.py", flags("--reward-path", "no_reward"), "no_reward"),
     ("drpo.py", dataset("reference", without("completion")), "'completion'"),
+    ("rto.py", flags("--dpo-path", "no_dpo"), "no_dpo"),
     ("reward_model.py", dataset("preference", without("rejected")), "'rejected'"),
     ("reward_model.py", flags("--reference-dataset", "no/such"), "no/such"),
     ("dpo.py", dataset("preference", without("rejected")), "'rejected'"),
+    ("online_dpo.py", pairs_without("rejected"), "'rejected'"),
+    ("online_dpo.py", flags("--reward-path", "no_reward"), "no_reward"),
+    ("rejection_sampling.py", flags("--reward-path", "no_reward"), "no_reward"),
 ]
 
 
@@ -292,14 +342,23 @@ def test_nothing_is_trained_before_the_rest_is_checked(script, change, culprit, 
     [
         ("ppo.py", ["sft.py", "reward_model.py"]),
         ("drpo.py", ["sft.py", "reward_model.py"]),
+        ("rto.py", ["sft.py", "reward_model.py", "dpo.py"]),
         ("reward_model.py", ["sft.py"]),
         ("dpo.py", ["sft.py"]),
+        ("dpo_ln.py", ["sft.py"]),
+        ("online_dpo.py", ["sft.py", "reward_model.py"]),
+        ("rejection_sampling.py", ["sft.py", "reward_model.py"]),
     ],
 )
 def test_the_defaults_are_trained_if_missing(script, expected, given, started, tmp_path):
     # a layer that is not there ends the script once it has loaded them
     script_fails("--lora-target nowhere", script, *data_flags(script, given), *NO_LAYER, cwd=tmp_path)
     assert started == expected
+
+
+def test_expo_trains_both_of_its_policies(started, tmp_path):
+    script_fails("models/dpo has the weights of --sft-path models/sft", "expo.py", cwd=tmp_path)  # so it is here
+    assert started == ["sft.py", "dpo.py"]
 
 
 # writing

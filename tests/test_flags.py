@@ -8,7 +8,7 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, run_here, signals_as_they_were
+from conftest import ROOT, run_here, signals_as_they_were, slow_for
 from test_errors import fails
 
 from plumbing import flags
@@ -43,9 +43,14 @@ OF_JUDGE = (
 MAY_BE_0 = {
     "ppo.py": {"learning_rate", "kl_coef", "vf_coef", "gamma", "gae_lambda"},
     "drpo.py": {"learning_rate", "kl_coef", "vf_coef", "gamma", "gae_lambda", "beta"},
+    "rto.py": {"learning_rate", "kl_coef", "vf_coef", "gamma", "gae_lambda", "beta1"},
     "sft.py": {"learning_rate"},
     "reward_model.py": {"learning_rate", "center_coef"},
     "dpo.py": {"learning_rate"},
+    "dpo_ln.py": {"learning_rate"},
+    "online_dpo.py": {"learning_rate", "total_episodes"},
+    "xpo.py": {"learning_rate", "total_episodes", "alpha"},
+    "rejection_sampling.py": {"learning_rate"},
 }
 
 
@@ -69,7 +74,7 @@ def signals():
         yield
 
 
-@pytest.fixture(scope="module", params=MAY_BE_0)
+@pytest.fixture(scope="module", params=slow_for(("dpo_ln.py", "rto.py", "online_dpo.py"), MAY_BE_0))
 def script(request):
     return caught(request.param)
 
@@ -196,6 +201,9 @@ def test_what_decides_no_number_may_change(run, read, monkeypatch):
 def test_a_run_can_grow_and_change_in_nothing_else(run, read, capsys):
     fails(capsys, "--seed is 5 in old and cannot change", read, "--resume", "old", "--seed", 1)
     fails(capsys, "--dtype is 'float32' in old and cannot change", read, "--resume", "old", "--dtype", "bfloat16")
+    if not run.growing:
+        assert json.loads(run.file.read_text())["script"] == "rejection_sampling.py"  # its steps are of one size
+        return
     (name,) = run.growing
     flag, old = f"--{name.replace('_', '-')}", run.args[name]
     assert vars(read("--resume", "old", flag, 2 * old + 1))[name] == 2 * old + 1

@@ -443,6 +443,16 @@ def test_other_splits_and_fewer_prompts(setup, first):
     assert drawn[0] != drawn[1]
 
 
+def test_the_default_table_has_the_papers_policies_and_the_relatives_that_are_there(setup, tmp_path):
+    paper = ["models/sft", "models/dpo", "models/ppo", "models/drpo"]
+    for path, source in zip([*paper, "models/rto"], setup.policies * 3):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).symlink_to(source)
+    done = judge_run(*setup.flags, "--num-prompts", 3, "--run-name", "all", cwd=tmp_path)
+    run = read_run(done, tmp_path, "all")
+    assert list(run.result) == list(table_cells(run.table)) == [*paper, "models/rto"]
+
+
 @pytest.fixture(scope="module")
 def second_reward(tmp_path_factory):
     """A reward model of another kind: random weights and a tokenizer of its own."""
@@ -528,7 +538,6 @@ CASES = [  # flags, or what makes them; what the error must say
     (lambda setup, folder: ("--judge", "reward-model", "--judge-path", setup.policies[0]), "is no reward model"),
     (("--policies", "/no/such/policy"), "/no/such/policy"),
     (("--policies", "models/sft", "no/such"), "no/such"),  # models/sft is missing: a late check would train it
-    (("--policies",), "--policies needs"),
     (("--split", "shifted"), "'shifted'"),
     (("--num-prompts", PROMPTS + 1), f"--num-prompts {PROMPTS + 1}"),
     (("--run-name", "taken"), "runs/taken already exists"),
@@ -1169,6 +1178,7 @@ def serve(folder):
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not is_serve_available(), reason="needs pip install transformers[serving]")
 def test_a_real_server(setup, first, cache):
     # the served model knows the rubric's verdict on these questions by heart: the api judge must agree with the

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, read_metrics, run_here
+from conftest import ROOT, read_metrics, run_here, slow_for
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -21,13 +21,34 @@ from benchmark.one_file import one_file
 PAIRS = ("--num-epochs", 1, "--batch-size", 64)
 STEPS = ("--total-episodes", 48, "--batch-size", 16, "--minibatch-size", 8, "--num-ppo-epochs", 2)
 STEPS += ("--eval-every", 2, "--eval-rows", 9)
-SCRIPTS = ("sft.py", "reward_model.py", "dpo.py", "ppo.py", "drpo.py")
+ROUNDS = ("--total-episodes", 48, "--prompts-per-round", 8, "--samples-per-prompt", 3, "--updates-per-round", 2)
+ROUNDS += ("--batch-size", 9, "--eval-every", 2, "--eval-rows", 9)
+REJECTION = (
+    "--prompts-per-step",
+    8,
+    "--samples-per-prompt",
+    6,
+    "--num-steps",
+    2,
+    "--updates-per-step",
+    2,
+    "--eta",
+    0.2,
+)
+REJECTION += ("--batch-size", 16, "--eval-every", 2, "--eval-rows", 9)
+ONLINE = ("online_dpo.py", "xpo.py", "rejection_sampling.py")
+SCRIPTS = ("sft.py", "reward_model.py", "dpo.py", "dpo_ln.py", "ppo.py", "drpo.py", "rto.py", *ONLINE)
 ROUNDING_ALONE = {"policy/first_ratio_error"}
 
 
 def flags_of(script, models):
-    if script in ("ppo.py", "drpo.py"):
-        return (*models.flags, *STEPS)
+    if script in models.rl:
+        return (*models.rl[script], *STEPS)
+    if script == "rejection_sampling.py":
+        return (*models.flags, *REJECTION)
+    if script in ONLINE:
+        more = ("--alpha", 0.1, "--second-reference") if script == "xpo.py" else ()
+        return (*models.flags, *ROUNDS, "--preference-dataset", models.preference, *more)
     if script == "sft.py":
         return ("--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia", *PAIRS)
     more = ("--reference-dataset", models.reference) if script == "reward_model.py" else ("--eval-every", 3)
@@ -57,7 +78,7 @@ def numbers_of(stdout):
     return metrics, json.loads(stdout[stdout.rindex("\n{\n") :])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", slow_for(("dpo_ln.py", "rto.py", "online_dpo.py"), SCRIPTS))
 def test_plumbing_decides_no_number(script, models, tmp_path):
     flags = (*flags_of(script, models), "--output-dir", "out")
     # small micro-batches, so that plumbing has something to put together again
@@ -73,7 +94,7 @@ def test_plumbing_decides_no_number(script, models, tmp_path):
     for ours, theirs in zip(found, expected):
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - ROUNDING_ALONE:
-            if (script, name, ours["update"]) == ("dpo.py", "accuracy", 1):
+            if script in ("dpo.py", "dpo_ln.py", *ONLINE) and (name, ours["update"]) == ("accuracy", 1):
                 continue  # both policies are the reference: margins are 0 up to rounding, and so is their sign
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=2e-5), (ours["update"], name)
     saved = json.loads((tmp_path / "runs/normal/result.json").read_text())

@@ -188,14 +188,34 @@ PAIRS = ("--num-epochs", 1, "--batch-size", 32, "--micro-batch-size", 8)
 STEPS = ("--total-episodes", 48, "--batch-size", 16, "--minibatch-size", 8, "--micro-batch-size", 4)
 STEPS += ("--eval-every", 2, "--eval-rows", 7, "--num-ppo-epochs", 2)
 SHARD = ("--shard", "--gradient-checkpointing")  # hooks within hooks
-OTHERS = ("sft.py", "reward_model.py", "dpo.py", "ppo.py")
+ONLINE = ("online_dpo.py", "xpo.py", "rejection_sampling.py")
+OTHERS = ("sft.py", "reward_model.py", "dpo.py", "dpo_ln.py", "ppo.py", "rto.py", *ONLINE)
 SLOW = [("drpo.py", 4, ()), *((script, 2, flags) for script in OTHERS for flags in ((), SHARD))]
 COUNTS = [("drpo.py", 2, ()), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+ROUNDS = ("--total-episodes", 48, "--prompts-per-round", 8, "--samples-per-prompt", 3, "--updates-per-round", 2)
+ROUNDS += ("--batch-size", 10, "--micro-batch-size", 4, "--eval-every", 2, "--eval-rows", 7)
+REJECTION = (
+    "--prompts-per-step",
+    8,
+    "--samples-per-prompt",
+    6,
+    "--num-steps",
+    2,
+    "--updates-per-step",
+    2,
+    "--eta",
+    0.2,
+)
+REJECTION += ("--batch-size", 16, "--micro-batch-size", 4, "--eval-every", 2, "--eval-rows", 7)
 
 
 def flags_of(script, models):
-    if script in ("ppo.py", "drpo.py"):
-        return (*models.flags, *STEPS)
+    if script in models.rl:
+        return (*models.rl[script], *STEPS)
+    if script == "rejection_sampling.py":
+        return (*models.flags, *REJECTION)
+    if script in ONLINE:
+        return (*models.flags, *ROUNDS, *(("--alpha", 0.1, "--second-reference") if script == "xpo.py" else ()))
     if script == "sft.py":
         return ("--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia", *PAIRS)
     more = ("--reference-dataset", models.reference) if script == "reward_model.py" else ("--eval-every", 3)
@@ -226,7 +246,7 @@ def assert_same_to_rounding(script, folder, expected):
     for ours, theirs in zip(found, wanted):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
-            if key == "accuracy" and ours["update"] == 1 and script == "dpo.py":
+            if key == "accuracy" and ours["update"] == 1 and script != "reward_model.py":
                 continue  # both policies are the reference: margins are 0 up to rounding, and so is their sign
             assert ours[key] == pytest.approx(value, rel=2e-3, abs=2e-4), (ours["update"], key)
     for key in ("response/length", "reset/length", "reset/fraction"):  # the same rollouts
@@ -265,6 +285,7 @@ def shapes(value):
     return (type(value), value.dtype, value.device, value.shape) if torch.is_tensor(value) else type(value)
 
 
+@pytest.mark.slow
 def test_sharded_then_alone_then_sharded_again(models, alone, tmp_path):
     """Each compared with a run that one process made: the whole sharded one, and those that go on from its checkpoints."""
     expected, run_dir = alone("drpo.py"), tmp_path / "runs/run"
@@ -308,7 +329,8 @@ def test_what_sharding_needs(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("processes", TWO_AND_MORE)
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", (2, 4))
 def test_completions_do_not_depend_on_the_number_of_processes(processes, models):
     """judge.py: as many rows as leave the last batch incomplete, and one table, from the same completions."""
     files, tables = [], []
@@ -369,7 +391,8 @@ def assert_close_metrics(found, expected):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-@pytest.mark.parametrize("flags", [(), pytest.param(("--shard",), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--shard",)])
 def test_a_stopped_job_goes_on_alone(flags, tmp_path):
     job, _ = start(2, tmp_path, *flags)
     job.send_signal(signal.SIGTERM)
@@ -384,6 +407,7 @@ def test_a_stopped_job_goes_on_alone(flags, tmp_path):
     assert_close_metrics(run_dir, tmp_path / "runs/whole")
 
 
+@pytest.mark.slow
 def test_two_machines_share_a_job(tmp_path):
     """Two launchers on this one. The run has no name, so its folder is named after the time: the same for both."""
     with socket.socket() as free:

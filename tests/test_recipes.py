@@ -133,9 +133,10 @@ def test_what_is_wrong_is_one_line(flags, message, tmp_path):
     assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
 
 
-def test_counts_are_those_of_real_models(tmp_path):
+@pytest.mark.parametrize("script", ["drpo.py", "rto.py"])
+def test_counts_are_those_of_real_models(script, tmp_path):
     """The embedded task's defaults, none of which exists here: models are as those that would be trained first."""
-    found = counts(dry_run("drpo.py", cwd=tmp_path).stdout)
+    found = counts(dry_run(script, cwd=tmp_path).stdout)
     config = GPTNeoXConfig.from_pretrained(ROOT / "data/tldr_mini/base", num_labels=1)
     policy, critic = (
         sum(x.numel() for x in auto_class.from_config(config).parameters())
@@ -146,7 +147,7 @@ def test_counts_are_those_of_real_models(tmp_path):
         "critic": (critic, critic),
         "ref_policy": (policy, 0),
         "reward_model": (critic, 0),
-    }
+    } | ({"dpo_policy": (policy, 0)} if script == "rto.py" else {})
 
 
 def test_lora_is_counted(tmp_path):

@@ -446,6 +446,7 @@ def small_disk(path, size):
         subprocess.run(["umount", path], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_one_line_and_no_checkpoint(folder):
     flags = ("--width", 600)
     good("--run-name", "whole", *flags)
@@ -552,20 +553,40 @@ time.sleep(60)
 
 
 # the real scripts
-SLOW = ("reward_model.py", "ppo.py")
-SCRIPTS = ["drpo.py", "dpo.py", "sft.py", *(pytest.param(script, marks=pytest.mark.slow) for script in SLOW)]
+SLOW = (
+    "sft.py",
+    "dpo.py",
+    "reward_model.py",
+    "dpo_ln.py",
+    "ppo.py",
+    "rto.py",
+    "online_dpo.py",
+    "rejection_sampling.py",
+)
+SCRIPTS = ["drpo.py", "xpo.py", *(pytest.param(script, marks=pytest.mark.slow) for script in SLOW)]
 
 
 def flags_of(script, models):
-    """A run of seven or eight updates."""
-    if script in ("ppo.py", "drpo.py"):
+    """A run of seven to nine updates."""
+    if script in models.rl:
         steps = ("--total-episodes", 112, "--batch-size", 16, "--minibatch-size", 16, "--eval-every", 3)
-        return (*models.flags, *steps, "--eval-rows", 8)
+        return (*models.rl[script], *steps, "--eval-rows", 8)
+    if script == "rejection_sampling.py":
+        steps = ("--prompts-per-step", 8, "--samples-per-prompt", 8, "--num-steps", 2, "--updates-per-step", 4)
+        return (*models.flags, *steps, "--batch-size", 16, "--eval-every", 3, "--eval-rows", 8)
+    if script in ("online_dpo.py", "xpo.py"):  # of three rounds, one of which the stop falls into
+        steps = ("--total-episodes", 96, "--prompts-per-round", 8, "--samples-per-prompt", 4, "--updates-per-round", 3)
+        more = ("--alpha", 0.1, "--second-reference") if script == "xpo.py" else ()
+        return (*models.flags, *steps, "--batch-size", 8, "--eval-every", 2, "--eval-rows", 8, *more)
     if script == "sft.py":
         data = ("--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia")
     else:
         data = ("--dataset", models.preference, "--sft-path", models.sft)
-    more = {"dpo.py": ("--eval-every", 3), "reward_model.py": ("--reference-dataset", models.reference)}
+    more = {
+        "dpo.py": ("--eval-every", 3),
+        "dpo_ln.py": ("--eval-every", 3),
+        "reward_model.py": ("--reference-dataset", models.reference),
+    }
     return (*data, "--num-epochs", 1, "--batch-size", 32, *more.get(script, ()))
 
 

@@ -186,6 +186,7 @@ def test_beta_0_is_ppo(kept, models, tmp_path):
     assert [*asked(tmp_path).values()] == [*asked(kept).values()]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_rows_and_find_the_same(kept, models, tmp_path):
     rule(tmp_path, KEPT)
     launch(2, "ppo.py", *flags_of(models, "--run-name", "run", "--reward-path", "rule.py"), cwd=tmp_path)

@@ -108,6 +108,7 @@ def test_micro_batches_change_only_the_rounding(runs):
     assert [micro[key] for key in rounding] == pytest.approx([first[key] for key in rounding], rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_what_float32_learns(models, tmp_path):
     # autocast's copies of the weights must not outlive an optimizer step: with stale ones hardly anything is learned
     base = ("--dataset", models.reference, "--base-model", ROOT / "data/tiny_pythia", *models.steps)

@@ -1,0 +1,124 @@
+"""Online DPO and XPO where the start policy hardly ever does the right thing; and how XPO depends on alpha and beta.
+
+    python benchmark/coverage.py               # 5 seeds; goes on where it was stopped, writes coverage.json
+    python benchmark/coverage.py --table       # only print the tables of coverage.json
+    python benchmark/plot.py coverage          # the figure
+
+Coverage: lists of 4, 6 and 8 digits, of which the SFT policy starts each right with probability 0.3 (data/transcription, SFT
+policies as in benchmark/separation.py); the share of right copies against the sampled answers. The sweep: three seeds, 5,120 answers,
+TL;DR and lists of 6 digits.
+"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark import separation
+from benchmark.seeds import SEEDS, start_of, train
+from benchmark.sweep import ROOT, arguments, curves, last, sweep, write
+
+OUT = ROOT / "benchmark/coverage.json"
+LENGTHS, LISTS, EPISODES = (4, 6, 8), 6, 10_240
+METHODS = {"online_dpo": "online DPO", "xpo": "XPO"}
+CONSTANT = ["--alpha-rounds", 1_000_000]
+BONUS, BETA = 0.01, 0.1  # of the coverage runs
+BETAS, ALPHAS = (0.1, 0.5, 2.0), (0, "paper", 0.001, 0.01, 0.1)  # paper: 1e-5, 5e-6, 0; the others are constant
+SWEEP_SEEDS, SWEEP_EPISODES = (1, 2, 3), 5_120
+
+
+def of_lists(length, seed):
+    """Flags for lists, from their SFT policy."""
+    setting = {"length": length, "seed": seed}
+    flags = ["--dataset", separation.data_of(setting), "--sft-path", f"models/{separation.sft_of(setting)}"]
+    return [*flags, "--reward-path", "data/transcription/reward.py", "--seed", seed, "--eval-rows", 200]
+
+
+def coverage_runs(seeds):
+    """Run -> what it is and its command."""
+    for seed in seeds:
+        for length in LENGTHS:
+            for method in METHODS:
+                name, flags = f"coverage_{length}_{method}_{seed}", [*of_lists(length, seed), "--beta", BETA]
+                flags += ["--alpha", BONUS, *CONSTANT] if method == "xpo" else []
+                flags += ["--total-episodes", EPISODES, "--output-dir", f"models/{name}", "--eval-every", 16]
+                yield (
+                    name,
+                    {"part": "coverage", "length": length, "method": method, "seed": seed},
+                    [f"{method}.py", *flags],
+                )
+
+
+def sweep_runs(seeds):
+    for seed in seeds:
+        for task in ("tldr", "lists"):
+            for beta in BETAS:
+                for alpha in ALPHAS:
+                    name = f"xpo_{task}_{beta}_{alpha}_{seed}"
+                    flags = start_of(seed)[1] if task == "tldr" else of_lists(LISTS, seed)
+                    flags = [
+                        *flags,
+                        "--beta",
+                        beta,
+                        "--total-episodes",
+                        SWEEP_EPISODES,
+                        "--output-dir",
+                        f"models/{name}",
+                    ]
+                    flags += ["--eval-every", 16] + ([] if alpha == "paper" else ["--alpha", alpha, *CONSTANT])
+                    yield name, {"part": task, "beta": beta, "alpha": str(alpha), "seed": seed}, ["xpo.py", *flags]
+
+
+def record(name, what):
+    """Along training: the share of right copies, or the rubric; at the end what the test split says."""
+    test = last(name)[0]
+    if what["part"] == "tldr":
+        found = curves(name)
+        numbers = {key: test[key] for key in ("win_rate", "rubric", "score", "kl")}
+        return what | {"at": found["at"], "success": found["rubric"], "test": numbers}
+    at, success = separation.success(name)
+    return what | {"at": at, "success": success, "test": {"kl": test["kl"]}}
+
+
+def print_tables(records):
+    ends = {}
+    for run in records:
+        ends.setdefault((run["part"], run.get("length"), run.get("method")), []).append(run["success"][-1])
+    print(f"\nshare of held-out lists copied right after {EPISODES:,} sampled answers: mean (range) over seeds\n")
+    print("| digits, chance | " + " | ".join(METHODS.values()) + " |\n|---|---|---|")
+    for n in LENGTHS:
+        found = [ends["coverage", n, method] for method in METHODS]
+        cells = [f"{mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in found]
+        print(f"| {n}, {0.3**n:.1g} | " + " | ".join(cells) + " |")
+    titles = {
+        "tldr": "TL;DR, test: win rate %, mean (range), KL",
+        "lists": f"lists of {LISTS} digits: % right, mean (range), KL",
+    }
+    for task, title in titles.items():
+        print(f"\n{title}\n\n| beta | " + " | ".join(f"α {alpha}" for alpha in ALPHAS) + " |")
+        print("|---" * (len(ALPHAS) + 1) + "|")
+        for beta in BETAS:
+            cells = []
+            for alpha in ALPHAS:
+                wanted = {"part": task, "beta": beta, "alpha": str(alpha)}
+                runs = [run for run in records if wanted.items() <= run.items()]
+                good = [100 * (run["test"]["win_rate"] if task == "tldr" else run["success"][-1]) for run in runs]
+                kl = [run["test"]["kl"] for run in runs]
+                middle = f"{mean(good):.1f} ({min(good):.1f} to {max(good):.1f}), {mean(kl):.1f}" if runs else ""
+                cells.append(middle)
+            print(f"| {beta:g} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    args = arguments(__doc__, SEEDS)
+    if not args.table:
+        few = [seed for seed in args.seeds if seed in SWEEP_SEEDS]
+        train(few, args.workers, {"sft", "reward"})
+        separation.train_policies([{"length": n, "seed": s} for n in LENGTHS for s in args.seeds], args.workers)
+        runs = [*coverage_runs(args.seeds), *sweep_runs(few)]
+        sweep("XPO", {name: run for name, _, run in runs}, args.workers)
+        keys = "part", "length", "method", "beta", "alpha", "seed"
+        nothing = dict.fromkeys(keys)
+        write(OUT, [nothing | record(name, what) for name, what, _ in runs], *keys)
+    print_tables(json.loads(OUT.read_text()))
