@@ -3,7 +3,7 @@
     python benchmark/relatives.py              # 5 seeds; goes on where it was stopped, writes relatives.json
     python benchmark/relatives.py --table      # only print the tables of relatives.json
 
-TL;DR: all start from the models of benchmark/seeds.py (made if missing). Transcription, 8 digits: the reward is the rule, the
+TL;DR: what `python benchmark/seeds.py --relatives all` trains and judges (made if missing). Transcription, 8 digits: the reward is the rule, the
 pairs of DPO are a right copy and what a writer made of the same list, the reward model is fitted to these pairs and only shown.
 Whoever samples does so 5,120 times (rejection sampling 5,112). DPO, LN-DPO and ExPO sample nothing, they read 4,000 pairs. On the lists
 not all have seen the same: DPO's pairs, and with them ExPO and RTO, and DR-PO's resets know right copies; the others are told by the reward alone.
@@ -11,34 +11,18 @@ What is not a default there: LISTS.
 """
 
 import json
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark import seeds as tldr
 from benchmark import separation, true_reward
-from benchmark.seeds import SEEDS, cell, interval, result, train
+from benchmark.seeds import POLICIES, SEEDS, cell, extrapolate, interval, result
 from benchmark.sweep import ROOT, arguments, sweep, write
 
 OUT = ROOT / "benchmark/relatives.json"
 TASKS, TEMPERATURES = ("tldr", "transcription"), ("1.0", "0.01")
-ONE_STEP = ["--num-steps", 1, "--prompts-per-step", 639, "--updates-per-step", 120]  # as much as in three steps
-METHODS = {  # key -> title, script, flags
-    "sft": ("SFT", "sft.py", []),
-    "dpo": ("DPO", "dpo.py", []),
-    "dpo_ln": ("LN-DPO", "dpo_ln.py", []),
-    "expo": ("ExPO, from DPO, α = 0.3", "expo.py", ["--alphas", 0.3]),
-    "rso": ("RSO", "rejection_sampling.py", ONE_STEP),
-    "rejection_sampling": ("rejection sampling, 3 steps", "rejection_sampling.py", []),
-    "online_dpo": ("online DPO", "online_dpo.py", []),
-    "xpo": ("XPO", "xpo.py", []),
-    "ppo": ("PPO", "ppo.py", []),
-    "rto": ("RTO", "rto.py", []),
-    "drpo_0.5": ("DR-PO, β = 0.5", "drpo.py", ["--beta", 0.5]),
-    "drpo": ("DR-PO, β = 1", "drpo.py", ["--beta", 1]),
-}
 PAIRS = ("dpo", "dpo_ln")
 RL = ["--kl-coef", 0.01]
 LISTS = {  # script -> flags for a reward of 0 or 1, which is small beside the scores of a reward model
@@ -52,47 +36,43 @@ LISTS = {  # script -> flags for a reward of 0 or 1, which is small beside the s
 
 
 def name_of(task, method, seed):
-    """Of the run; models/NAME is its policy."""
+    """Of the run."""
     return f"seeds_{seed}_{method}" if task == "tldr" else f"relatives_{method}_{seed}"
 
 
 def model_of(task, method, seed):
-    if task == "transcription" and method == "sft":
+    if task == "tldr":
+        return tldr.model_of(method, seed)
+    if method == "sft":
         return f"models/{separation.sft_of(true_reward.sft_setting(seed))}"
-    folder = f"models/seeds_{seed}/{method}" if task == "tldr" else f"models/{name_of(task, method, seed)}"
-    return f"{folder}/alpha_0.3" if method == "expo" else folder
+    return f"models/{name_of(task, method, seed)}" + "/alpha_0.3" * (method == "expo")
 
 
-def reward_of(task, seed):
-    return f"models/seeds_{seed}/reward" if task == "tldr" else f"models/true_reward_{seed}"
-
-
-def command(task, method, seed):
-    _, script, flags = METHODS[method]
-    lists, sft = task == "transcription", model_of(task, "sft", seed)
+def command(method, seed):
+    """On transcription, all but SFT."""
+    _, script, flags = POLICIES[method]
+    sft, dpo = (model_of("transcription", name, seed) for name in ("sft", "dpo"))
     flags = [*flags, "--sft-path", sft]
     if method == "expo":
-        folder = str(Path(model_of(task, method, seed)).parent)
-        return [script, *flags, "--aligned-path", model_of(task, "dpo", seed), "--sweep-dir", folder]
-    flags += ["--seed", seed, "--output-dir", model_of(task, method, seed)]
+        return [script, *flags, "--aligned-path", dpo, "--sweep-dir", f"models/relatives_expo_{seed}"]
+    flags += ["--seed", seed, "--output-dir", model_of("transcription", method, seed)]
     if method in PAIRS:
-        return [script, *flags, *(["--dataset", f"{true_reward.DATA}/pairs"] * lists)]
-    if method == "rto":
-        flags += ["--dpo-path", model_of(task, "dpo", seed)]
-    flags += ["--reward-path", "data/transcription/reward.py" if lists else reward_of(task, seed)]
-    more = [*LISTS[script], "--dataset", f"{true_reward.DATA}/task", "--eval-rows", 200] if lists else []
-    return [script, *flags, *more]
+        return [script, *flags, "--dataset", f"{true_reward.DATA}/pairs"]
+    flags += ["--dpo-path", dpo] if method == "rto" else []
+    flags += ["--reward-path", "data/transcription/reward.py", "--dataset", f"{true_reward.DATA}/task"]
+    return [script, *flags, *LISTS[script], "--eval-rows", 200]
 
 
 def judged(task, seed, temperature):
-    return f"relatives_{seed}_judge_{task}_{temperature}"
+    return tldr.judged(seed, "test", temperature) if task == "tldr" else f"relatives_{seed}_judge_{temperature}"
 
 
-def judge_command(task, seed, temperature):
-    policies = [model_of(task, method, seed) for method in METHODS]
-    flags = ["--policies", *policies, "--sft-path", model_of(task, "sft", seed), "--reward-path", reward_of(task, seed)]
-    flags += ["--seed", seed, "--temperature", temperature]
-    return ["judge.py", *flags, *(["--dataset", f"{true_reward.DATA}/task"] * (task == "transcription"))]
+def judge_command(seed, temperature):
+    """On transcription, whose reward model is only shown."""
+    policies = [model_of("transcription", method, seed) for method in POLICIES]
+    flags = ["--policies", *policies, "--sft-path", model_of("transcription", "sft", seed), "--seed", seed]
+    flags += ["--reward-path", f"models/true_reward_{seed}", "--dataset", f"{true_reward.DATA}/task"]
+    return ["judge.py", *flags, "--temperature", temperature]
 
 
 def spent(name):
@@ -128,7 +108,7 @@ def print_tables(records):
         titles = [f"{key.replace('rubric', quality).replace('_', ' ')}, T {float(t):g}" for t, key in columns]
         print("| | " + " | ".join([*titles, "sampled tokens", "seconds"]) + " |")
         print("|---" * (len(columns) + 3) + "|")
-        for method, (title, *_) in METHODS.items():
+        for method, (title, *_) in POLICIES.items():
             runs = [run for run in part if run["method"] == method]
             cells = [cell(key, [run[temperature][key] for run in runs]) for temperature, key in columns]
             for key in ("tokens", "seconds"):
@@ -141,7 +121,7 @@ def print_tables(records):
             + " |\n|---|---|---|"
         )
         ppo = [run for run in part if run["method"] == "ppo"]
-        for method, (title, *_) in METHODS.items():
+        for method, (title, *_) in POLICIES.items():
             runs, cells = [run for run in part if run["method"] == method], []
             for temperature, key in columns[:2]:
                 pairs = zip(runs, ppo)
@@ -154,23 +134,17 @@ def print_tables(records):
 if __name__ == "__main__":
     args = arguments(__doc__, SEEDS)
     if not args.table:
-        train(args.seeds, args.workers, {"sft", "reward", "dpo", "ppo", "drpo", "drpo_0.5"})
+        tldr.train(args.seeds, args.workers, {"reward", *POLICIES})
+        tldr.judge(args.seeds, args.workers, POLICIES)
         true_reward.train_start(args.seeds, args.workers)
-        known = {f"seeds_{seed}_{name}" for seed in args.seeds for name in ("sft", "dpo", "ppo", "drpo", "drpo_0.5")}
-        for later in (False, True):  # rto.py and expo.py read the DPO policy
-            runs = [(task, method, seed) for task in TASKS for seed in args.seeds for method in METHODS]
-            runs = [run for run in runs if run[1] not in ("sft", "expo") and (run[1] == "rto") == later]
-            runs = {name_of(*run): command(*run) for run in runs if name_of(*run) not in known}
-            sweep("relatives", runs, args.workers)
-        for task, seed in ((task, seed) for task in TASKS for seed in args.seeds):
-            if not (ROOT / model_of(task, "expo", seed) / "config.json").exists():  # seconds
-                command_line = [sys.executable, *map(str, command(task, "expo", seed))]
-                subprocess.run(command_line, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        tables = [(task, seed, temperature) for task in TASKS for seed in args.seeds for temperature in TEMPERATURES]
-        for table in tables:  # a table of an earlier time may lack a policy; what was generated for it is kept
-            if result(judged(*table)).keys() != {model_of(*table[:1], method, table[1]) for method in METHODS}:
-                shutil.rmtree(ROOT / f"runs/{judged(*table)}", ignore_errors=True)
-        sweep("judge", {judged(*table): judge_command(*table) for table in tables}, args.workers)
-        runs = [(task, method, seed) for task in TASKS for method in METHODS for seed in args.seeds]
+        for later in (False, True):  # rto.py reads the DPO policy
+            methods = [name for name in POLICIES if name not in ("sft", "expo") and (name == "rto") == later]
+            runs = {name_of("transcription", m, seed): command(m, seed) for seed in args.seeds for m in methods}
+            sweep("lists", runs, args.workers)
+        for seed in args.seeds:
+            extrapolate(model_of("transcription", "expo", seed), command("expo", seed))
+        tables = [(seed, temperature) for seed in args.seeds for temperature in TEMPERATURES]
+        sweep("judge", {judged("transcription", *t): judge_command(*t) for t in tables}, args.workers)
+        runs = [(task, method, seed) for task in TASKS for method in POLICIES for seed in args.seeds]
         write(OUT, [record(*run) for run in runs], "task", "method", "seed")
     print_tables(json.loads(OUT.read_text()))

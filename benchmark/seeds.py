@@ -1,7 +1,8 @@
 """The whole chain of the TL;DR task over seeds, each from scratch: SFT, reward model, DPO, PPO, DR-PO, judged; README's tables.
 
-    python benchmark/seeds.py                # 5 seeds; goes on where it was stopped, writes seeds.json and curves.json
-    python benchmark/seeds.py --table        # only print the tables of seeds.json
+    python benchmark/seeds.py                  # 5 seeds; goes on where it was stopped, writes seeds.json and curves.json
+    python benchmark/seeds.py --relatives all  # the relatives too, or some of them by name
+    python benchmark/seeds.py --table          # only print the tables of seeds.json
 
 Every number is the mean over seeds ± the standard deviation over seeds. A seed's policies share its SFT policy and its
 reward model, and most of what differs between seeds is those two: methods are therefore compared within seeds, as the mean
@@ -10,6 +11,7 @@ of the seeds' differences to PPO with its 95% interval (Student's t over seeds).
 
 import json
 import shutil
+import subprocess
 import sys
 from math import sqrt
 from pathlib import Path
@@ -20,11 +22,27 @@ from benchmark.sweep import ROOT, arguments, curves, sweep, write
 
 OUT, CURVES = ROOT / "benchmark/seeds.json", ROOT / "benchmark/curves.json"
 SEEDS = (1, 2, 3, 4, 5)
-POLICIES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "drpo_0.5": "DR-PO, β = 0.5", "drpo": "DR-PO, β = 1"}
+ONE_STEP = ["--num-steps", 1, "--prompts-per-step", 639, "--updates-per-step", 120]  # as much as in three steps
+POLICIES = {  # name -> title, script, flags
+    "sft": ("SFT", "sft.py", []),
+    "dpo": ("DPO", "dpo.py", []),
+    "dpo_ln": ("LN-DPO", "dpo_ln.py", []),
+    "expo": ("ExPO, from DPO, α = 0.3", "expo.py", ["--alphas", 0.3]),
+    "rso": ("RSO", "rejection_sampling.py", ONE_STEP),
+    "rejection_sampling": ("rejection sampling, 3 steps", "rejection_sampling.py", []),
+    "online_dpo": ("online DPO", "online_dpo.py", []),
+    "xpo": ("XPO", "xpo.py", []),
+    "ppo": ("PPO", "ppo.py", []),
+    "rto": ("RTO", "rto.py", []),
+    "drpo_0.5": ("DR-PO, β = 0.5", "drpo.py", ["--beta", 0.5]),
+    "drpo": ("DR-PO, β = 1", "drpo.py", ["--beta", 1]),
+}
+PAPER = ("sft", "dpo", "ppo", "drpo_0.5", "drpo")
 # split, sampling temperature of the completions: as in training, and the official code's 0.01
 TABLES = [("test", "1.0"), ("test", "0.01"), ("shifted", "1.0"), ("shifted", "0.01")]
-ENDS = {"sft": ["loss"], "reward": ["loss", "accuracy"], "dpo": ["loss", "accuracy", "logprobs/chosen"]}
-ENDS |= {name: ["win_rate", "rubric", "score", "kl", "length"] for name in ("ppo", "drpo_0.5", "drpo")}
+ENDS = {"sft": ["loss"], "reward": ["loss", "accuracy"]}  # what a script's evaluation is about
+ENDS |= dict.fromkeys(("dpo", "dpo_ln"), ["loss", "accuracy", "logprobs/chosen"])
+SAMPLED = ["win_rate", "rubric", "score", "kl", "length"]
 EVERY = ["--eval-every", 5]  # for curves twice as fine as by default
 PERCENT = {"win_rate", "length_matched", "rouge1", "rouge2", "rougeL", "eos"}
 T_975 = dict(zip(range(2, 11), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)))  # by number of seeds
@@ -36,22 +54,37 @@ def start_of(seed):
     return sft, [*sft, "--reward-path", f"models/seeds_{seed}/reward"]
 
 
-def stages(seeds):
+def model_of(name, seed):
+    return f"models/seeds_{seed}/{name}" + "/alpha_0.3" * (name == "expo")
+
+
+def command(name, seed):
+    """Script and flags of one training run, the reward model's too."""
+    sft, rl = start_of(seed)
+    _, script, flags = POLICIES.get(name, (None, "reward_model.py", []))
+    if name == "expo":
+        paths = ["--sft-path", model_of("sft", seed), "--aligned-path", model_of("dpo", seed)]
+        return (script, *flags, *paths, "--sweep-dir", f"models/seeds_{seed}/expo")
+    usual = sft if name in ("reward", "dpo", "dpo_ln") else rl
+    flags = [*flags, *(["--seed", seed] if name == "sft" else usual)]
+    flags += EVERY if name in ("ppo", "drpo_0.5", "drpo") else []
+    flags += ["--dpo-path", model_of("dpo", seed)] if name == "rto" else []
+    return (script, *flags, "--output-dir", f"models/seeds_{seed}/{name}")
+
+
+def stages(seeds, names=PAPER):
     """[(title, run -> script and flags)], each stage needs the one before it."""
-    found = [{}, {}, {}, {}]
-    for seed in seeds:
-        sft, rl = start_of(seed)
-        commands = [("sft", "sft.py", ["--seed", seed])]
-        commands += [("reward", "reward_model.py", sft), ("dpo", "dpo.py", sft), ("ppo", "ppo.py", rl + EVERY)]
-        commands += [("drpo", "drpo.py", rl + EVERY), ("drpo_0.5", "drpo.py", [*rl, *EVERY, "--beta", 0.5])]
-        for name, script, flags in commands:
-            stage = {"sft": 0, "reward": 1, "dpo": 1}.get(name, 2)
-            found[stage][f"seeds_{seed}_{name}"] = (script, *flags, "--output-dir", f"models/seeds_{seed}/{name}")
-        policies = ["--policies", *(f"models/seeds_{seed}/{name}" for name in POLICIES)]
-        for split, temperature in TABLES:
-            flags = [*policies, *rl, "--split", split, "--temperature", temperature]
-            found[3][judged(seed, split, temperature)] = ("judge.py", *flags)
+    first = [("sft",), ("reward", "dpo", "dpo_ln")]
+    first = [[name for name in stage if name in ("reward", *names)] for stage in first]
+    first.append([name for name in names if name not in (*first[0], *first[1], "expo")])
+    found = [{f"seeds_{seed}_{name}": command(name, seed) for seed in seeds for name in stage} for stage in first]
+    found.append({judged(seed, *table): judge_command(seed, *table, names) for seed in seeds for table in TABLES})
     return list(zip(("SFT", "reward model, DPO", "RL", "judge"), found))
+
+
+def judge_command(seed, split, temperature, names):
+    policies = ["--policies", *(model_of(name, seed) for name in names)]
+    return ("judge.py", *policies, *start_of(seed)[1], "--split", split, "--temperature", temperature)
 
 
 def judged(seed, split, temperature):
@@ -60,8 +93,26 @@ def judged(seed, split, temperature):
 
 def train(seeds, workers, names):
     """Some of the chain's models, for the sweeps that start from them."""
-    for title, runs in stages(seeds)[:3]:
+    for title, runs in stages(seeds, [name for name in POLICIES if name in names])[:3]:
         sweep(title, {run: runs[run] for run in runs if run.split("_", 2)[2] in names}, workers)
+    for seed in seeds if "expo" in names else ():  # seconds, and it leaves no run
+        extrapolate(model_of("expo", seed), command("expo", seed))
+
+
+def extrapolate(model, command):
+    if not (ROOT / model / "config.json").exists():
+        line = [sys.executable, *map(str, command)]
+        subprocess.run(line, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def judge(seeds, workers, names):
+    """A table of an earlier time may lack a policy: it is made again, and what was generated for it is kept."""
+    runs = dict(stages(seeds, names))["judge"]
+    for run, flags in runs.items():
+        known = set(result(run))
+        if known and not known >= set(flags[2 : 2 + len(names)]):
+            shutil.rmtree(ROOT / f"runs/{run}")
+    sweep("judge", runs, workers)
 
 
 def result(name):
@@ -75,7 +126,8 @@ def collect(seeds):
         found = {"seed": seed, "reward": result(f"seeds_{seed}_reward")}
         for table in TABLES:
             results = result(judged(seed, *table))
-            found["_".join(table)] = {name: results[f"models/seeds_{seed}/{name}"] for name in POLICIES}
+            rows = {name: results.get(model_of(name, seed)) for name in POLICIES}
+            found["_".join(table)] = {name: row for name, row in rows.items() if row}
         yield found
 
 
@@ -125,7 +177,8 @@ def differences(rows):
 def print_tables(records):
     print(f"\nseeds {', '.join(str(record['seed']) for record in records)}")
     for split, temperature in TABLES:
-        rows = {label: [x[f"{split}_{temperature}"][name] for x in records] for name, label in POLICIES.items()}
+        tables = [record[f"{split}_{temperature}"] for record in records]
+        rows = {POLICIES[name][0]: [x[name] for x in tables] for name in POLICIES if all(name in x for x in tables)}
         print(f"\n{split}, temperature {temperature}\n\n{table(rows)}\n\n{differences(rows)}")
     rewards = [record["reward"] for record in records]
     print("\n" + table({f"reward model, {name}": [found[name] for found in rewards] for name in rewards[0]}))
@@ -134,29 +187,23 @@ def print_tables(records):
 def print_ends(records):
     """What every script logs last on its validation split."""
     print("\n| run | evaluated | what it ends with, mean ± standard deviation over seeds |\n|---|---|---|")
-    for name, keys in ENDS.items():
+    for name in dict.fromkeys(record["run"] for record in records):
         runs = [record for record in records if record["run"] == name]
+        keys = ENDS.get(name, SAMPLED)
         ends = [f"`eval/{key}` {cell('', [run[key][-1] for run in runs])}" for key in keys]
         print(f"| {name} | {len(runs[0]['at'])} times | {', '.join(ends)} |")
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__, SEEDS)
+    relatives = [name for name in POLICIES if name not in PAPER]
+    args = arguments(__doc__, SEEDS, relatives={"nargs": "+", "choices": ["all", *relatives], "default": ()})
+    names = [name for name in POLICIES if name in (*PAPER, *args.relatives) or "all" in args.relatives]
     if not args.table:
-        for title, runs in stages(args.seeds):
-            if title == "judge":  # a table of an earlier time may lack a policy; what was generated for it is kept
-                for run in runs:
-                    policies = {path.split("/")[-1] for path in result(run)}
-                    if policies and not policies >= set(POLICIES):
-                        shutil.rmtree(ROOT / f"runs/{run}")
-            sweep(title, runs, args.workers)
+        train(args.seeds, args.workers, {"reward", *names})
+        judge(args.seeds, args.workers, names)
         write(OUT, collect(args.seeds), "seed")
-        names = ["sft", "reward", *list(POLICIES)[1:]]
-        write(
-            CURVES,
-            [{"run": name, "seed": s} | curves(f"seeds_{s}_{name}") for name in names for s in args.seeds],
-            "run",
-            "seed",
-        )
+        runs = [name for name in ("sft", "reward", *names[1:]) if name != "expo"]
+        found = [{"run": name, "seed": s} | curves(f"seeds_{s}_{name}") for name in runs for s in args.seeds]
+        write(CURVES, found, "run", "seed")
     print_tables(json.loads(OUT.read_text()))
     print_ends(json.loads(CURVES.read_text()))

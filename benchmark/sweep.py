@@ -52,12 +52,14 @@ def curves(name):
     return found
 
 
-def arguments(description, seeds):
-    """The command line of a sweep."""
+def arguments(description, seeds, **more):
+    """The command line of a sweep; more: flag -> what argparse is told of it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables of the JSON")
+    for flag, told in more.items():
+        parser.add_argument(f"--{flag}", **told)
     return parser.parse_args()
 
 

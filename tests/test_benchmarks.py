@@ -184,14 +184,14 @@ def start_seeds(cwd, _):
         with mock.patch.object(subprocess, "run", side_effect=AssertionError):
             seeds.train([1], 1, {"sft", "reward", "drpo"})
         (record,) = seeds.collect([1])
-        assert list(record["test_1.0"]) == list(seeds.POLICIES) and record["reward"]["all"]["pairs"] == 8
+        assert list(record["test_1.0"]) == list(seeds.PAPER) and record["reward"]["all"]["pairs"] == 8
         curve = sweep.curves("seeds_1_ppo")
         assert curve["at"] == [0, 16] and len(curve["rubric"]) == 2
         kl = seeds.result("seeds_1_ppo")["PPO"]["kl"]
         assert sweep.last("seeds_1_ppo")[0]["kl"] == round(kl, 4) != 0
     other = json.loads(json.dumps(record))
     other["test_1.0"]["drpo"]["rubric"] += 0.5
-    rows = {label: [x["test_1.0"][name] for x in (record, other)] for name, label in seeds.POLICIES.items()}
+    rows = {seeds.POLICIES[name][0]: [x["test_1.0"][name] for x in (record, other)] for name in seeds.PAPER}
     assert seeds.table(rows).count("\n") == 6 and " ± 0.0 |" in seeds.table(rows) and "win rate %" in seeds.table(rows)
     found = record["test_1.0"]["drpo"]["rubric"] - record["test_1.0"]["ppo"]["rubric"] + 0.25
     assert seeds.differences(rows).splitlines()[-1].split(" | ")[2].startswith(f"{found:+.3f} ± 3.17")
@@ -272,8 +272,15 @@ def knows(command):
 def start_relatives(cwd, _):
     """Commands that the scripts know and that are those of the page; what was spent is what was logged; the tables."""
     relatives = module("relatives.py")
-    every = list(itertools.product(relatives.TASKS, relatives.METHODS, (1, 2)))
-    assert all(knows(relatives.command(*run)) for run in every if run[1] != "sft")
+    seeds = sys.modules["benchmark.seeds"]
+    every = list(itertools.product(relatives.TASKS, seeds.POLICIES, (1, 2)))
+    assert all(knows(seeds.command(*run[1:])) for run in every)
+    assert all(knows(relatives.command(*run[1:])) for run in every if run[1] != "sft")
+    stages = seeds.stages([1, 2], list(seeds.POLICIES))
+    assert [len(runs) for _, runs in stages] == [2, 6, 16, 8]  # all but ExPO, which is no run, and the reward model
+    assert all(len(set(runs)) == len(runs) and all(map(knows, runs.values())) for _, runs in stages)
+    assert stages[3][1]["seeds_1_judge_test_0.01"][2:14] == tuple(seeds.model_of(name, 1) for name in seeds.POLICIES)
+    assert "--dpo-path models/seeds_2/dpo" in " ".join(map(str, seeds.command("rto", 2)))
     names = [relatives.name_of(*run) for run in every] + [relatives.model_of(*run) for run in every]
     assert len(set(names)) == len(names)
     for method, wanted in (
@@ -283,7 +290,7 @@ def start_relatives(cwd, _):
         ("rto", "rto.py --dpo-path models/relatives_dpo_1 --kl-coef 0.01"),
         ("dpo_ln", "dpo_ln.py --dataset runs/true_reward_data/pairs"),
     ):
-        found = " ".join(map(str, relatives.command("transcription", method, 1)))
+        found = " ".join(map(str, relatives.command(method, 1)))
         script, *flags = wanted.split(" --")
         assert found.startswith(script) and all(f" --{flag}" in found for flag in flags), found
 
@@ -294,14 +301,13 @@ def start_relatives(cwd, _):
     lines = [{"time/rollout": 2, "time/tokens_per_second": 50, "time/score": 1}, {"time/optimise": 4}, {"eval/x": 1}]
     keep("seeds_1_ppo/metrics.jsonl", "\n".join(map(json.dumps, lines)))
     row = dict.fromkeys(("win_rate", "rubric", "score", "kl", "length", "eos"), 0.5)
-    seeds = sys.modules["benchmark.seeds"]
     with mock.patch.object(relatives, "ROOT", cwd), mock.patch.object(seeds, "ROOT", cwd):
         assert relatives.spent("seeds_1_ppo") == {"tokens": 100, "seconds": 7}
         assert relatives.spent("expo") == {"tokens": None, "seconds": None}
         for task, temperature in itertools.product(relatives.TASKS, relatives.TEMPERATURES):
-            rows = {relatives.model_of(task, method, 1): row for method in relatives.METHODS}
+            rows = {relatives.model_of(task, method, 1): row for method in seeds.POLICIES}
             keep(f"{relatives.judged(task, 1, temperature)}/result.json", json.dumps(rows))
-        records = [relatives.record(task, method, 1) for task in relatives.TASKS for method in relatives.METHODS]
+        records = [relatives.record(task, method, 1) for task in relatives.TASKS for method in seeds.POLICIES]
     found = {(x["task"], x["method"]): x["1.0"]["rubric"] for x in records}
     assert (found["tldr", "ppo"], found["transcription", "ppo"]) == (0.5, 1)
     out = io.StringIO()
