@@ -264,7 +264,10 @@ def start_true_reward(cwd, _):
 def knows(command):
     """Whether a script has the flags that it is given."""
     script, *flags = command
-    known = {field.name for field in dataclasses.fields(importlib.import_module(script[:-3]).Args)} | {"eval_rows"}
+    known = {field.name for field in dataclasses.fields(importlib.import_module(script[:-3]).Args)} | {
+        "eval_rows",
+        "max_rows",
+    }
     used = [x[2:].replace("-", "_") for x in flags if str(x).startswith("--")]
     return set(used) <= known and len(set(used)) == len(used)
 
@@ -315,6 +318,28 @@ def start_relatives(cwd, _):
         relatives.print_tables(records)
     assert "| PPO | 0.500 | 0.500 | 50.0 | 50.0 | 0.500 | 0.500 | 0.5 | 50.0 | 100 | 7 |" in out.getvalue()
     assert out.getvalue().count("| RTO | +0.000 ± nan | +0.000 ± nan |") == 2
+
+
+def start_offline(cwd, _):
+    """Every policy of the table is trained once, by flags that the script knows, and stands where the judge looks."""
+    offline, seeds = module("offline.py"), sys.modules["benchmark.seeds"]
+    runs = offline.runs_of(1) | offline.runs_of(2)
+    assert len(runs) == 2 * 9 and all(map(knows, runs.values()))
+    expo = {name: offline.expo_command(name, 1) for name in offline.ALPHAS}
+    assert all(map(knows, expo.values()))
+    made = {flags[flags.index("--output-dir") + 1] for name, flags in offline.runs_of(1).items()}
+    made |= {seeds.model_of(name, 1) for name in ("sft", "dpo", "dpo_ln")}
+    sweeps = [(flags[flags.index("--sweep-dir") + 1], offline.ALPHAS[name]) for name, flags in expo.items()]
+    made |= {f"{folder}/alpha_{float(alpha)}" for folder, alphas in sweeps for alpha in alphas}
+    policies = offline.policies(1)
+    assert set(policies.values()) == made and len(made) == len(policies) == 24
+    row = dict.fromkeys(("win_rate", "length_matched", "rubric", "kl", "length", "eos"), 0.5)
+    with mock.patch.object(seeds, "ROOT", cwd):
+        for temperature in offline.TEMPERATURES:
+            (path := cwd / f"runs/{offline.judged(1, temperature)}/result.json").parent.mkdir(parents=True)
+            path.write_text(json.dumps(dict.fromkeys(policies.values(), row)))
+        found = list(offline.records(1))
+    assert offline.table({(run["method"], run["value"]): [run] for run in found}).count("50.0 | 50.0 | 0.500") == 24
 
 
 def start_coverage(*_):

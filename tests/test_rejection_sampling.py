@@ -264,6 +264,7 @@ def test_resumed_within_a_step_or_between_two_equals_undisturbed(kept, runs, mod
     assert (tmp_path / "out/model.safetensors").read_bytes() == (runs.first.output / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_function_as_the_reward_and_nothing_to_tell_apart(models, tmp_path):
     (tmp_path / "rule.py").write_text("def score(prompt, response, row):\n    return len(response) / 100\n")
     (tmp_path / "flat.py").write_text("def score(prompt, response, row):\n    return 1.0\n")
