@@ -210,17 +210,28 @@ def start_frontier(*_):
     """Read at a KL between two runs; where the lines do not reach there is no number; the last peak."""
     frontier = module("frontier.py")
     runs = [
-        {"sft": 0.0, "test": {"kl": kl, "rubric": rubric, "score": rubric}}
-        for kl, rubric in ((2, 1.0), (1, 0.8), (4, 0.0))
+        {"kl_coef": kl_coef, "test": {"kl": kl, "rubric": rubric}}
+        for kl_coef, kl, rubric in ((0.1, 2, 1.0), (0.2, 1, 0.8), (0.01, 4, 0.0), (0, 9, 9))
     ]
-    assert [frontier.at_kl(runs, kl, "rubric") for kl in (0.5, 1.5, 3, 5)] == pytest.approx([0.4, 0.9, 0.5, None])
-    assert [frontier.at_kl(runs, kl, "score") for kl in (0.5, 1.5)] == pytest.approx([None, 0.9])
-    assert frontier.peak({"at": [0, 64, 128], "kl": [0, 1, 2], "rubric": [0.1, 0.4, 0.3]}) == (64, 1, 0.4)
+    assert [frontier.at_kl(runs, kl, "rubric") for kl in (0.5, 1.5, 3, 5)] == pytest.approx([None, 0.9, 0.5, None])
+    runs = [{"at": [0, 64, 128], "kl": [0, 1, 2], "rubric": list(x)} for x in ((0.1, 0.4, 0.3), (0.1, 0.2, 0.25))]
+    (first, second) = frontier.losses(runs)  # the place is chosen by the other
+    assert first == pytest.approx((128, 2, 0)) and second == pytest.approx((64, 1, 0.05))
     assert frontier.bootstrap([0.5, 0.5, 0.5]) == pytest.approx([0.5, 0.5])
     low, high = frontier.bootstrap([0.0, 1.0] * 50)
     assert 0.38 < low < 0.42 and 0.58 < high < 0.62
     names = [frontier.name_of(*run) for run in itertools.product(frontier.METHODS, frontier.KL_COEFS, (1, 2))]
-    assert len(set(names)) == len(names) and "seeds_1_ppo" in names
+    assert len(set(names)) == len(names) and {"seeds_1_ppo", "failures_2_0"} < set(names)
+    test = {"kl": 2.0, "rubric": 0.5, "score": 0.4, "win_rate": 0.5}
+    records = [
+        {"method": m, "kl_coef": c, "seed": s, "at": [0, 64], "kl": [0, 2], "rubric": [0.4, 0.5 - c]}
+        | {"test": test | {"kl": 1 + 30 * (0.2 - c), "rubric": 0.5 - c + 0.1 * (m == "drpo")}}
+        for m, c, s in itertools.product(frontier.METHODS, frontier.KL_COEFS, (1, 2))
+    ]
+    with contextlib.redirect_stdout(out := io.StringIO()):
+        frontier.print_tables(records)
+    assert "| 2 | +0.100 ± 0.000 [+0.100, +0.100] | +0.000 ± 0.000 [+0.000, +0.000] |" in out.getvalue()
+    assert "| PPO | 0.2 | 0 (0 to 0) | 0.00 (0.00 to 0.00) | -0.100 ± 0.000 |" in out.getvalue()
 
 
 def start_beta(*_):
