@@ -1,13 +1,15 @@
 """What each deviation from the official code costs or gains: DR-PO with one of them switched back at a time, on both tasks.
 
-    python benchmark/deviations.py          # 3 seeds; goes on where it was stopped, writes deviations.json
+    python benchmark/deviations.py          # 3 seeds, 40 minutes on two cores after seeds.py; goes on where it was stopped
     python benchmark/deviations.py --table  # only print the tables of deviations.json
 
 Each is a diff in benchmark/deviations/, of at most 15 changed lines (`all`: 29), applied to a copy of drpo.py. Official
 is Cornell-RL/drpo at bd825df, src/tldr/drpo.py:
-    value_loss         forced tokens count in the value loss (874). There the target is what follows them
+    value_loss         forced tokens count in the value loss (874). There the target is what follows them. The mean is then over about
+                       twice as many tokens, so the own ones weigh half
     whitening          mean and variance of the advantages are those of all (B, R), forced tokens and what is behind EOS (830).
-                       Nothing is sampled there as long as EOS ends a rollout: 0
+                       Nothing is sampled there as long as EOS ends a rollout: 0. Alone it is no state that the official code has:
+                       there the critic that the forced tokens' advantages come from is trained on them
     after_eos          sampling goes on behind EOS; those tokens count as actions in KL, values, whitening and both losses
     whitened_rewards   rewards with their own mean and variance 1 (817), here those of the actions
     temperature        0.7 in the rollout and in every log-prob of training (TaskHParams). The evaluation stays as it is
@@ -35,6 +37,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from benchmark import seeds as tldr
 from benchmark.reset_rules import write_script
 from benchmark.seeds import EVERY, interval, start_of, train
 from benchmark.separation import EPISODES, cell_of, name_of, rl_command, train_policies
@@ -73,12 +76,15 @@ def run_of(task, deviation, seed):
 def command(task, deviation, seed, script):
     if task == "transcription":
         return rl_command(setting_of(deviation, seed), script)
-    output = f"models/seeds_{seed}/drpo" if deviation == OURS else f"models/{run_of(task, deviation, seed)}"
-    return [script, *start_of(seed)[1], *EVERY, "--output-dir", output]
+    if deviation == OURS:
+        return tldr.command("drpo", seed)
+    return [script, *start_of(seed)[1], *EVERY, "--output-dir", f"models/{run_of(task, deviation, seed)}"]
 
 
 def cold(name):
-    """The policy of a run on its held-out rows again, at the official evaluation's temperature."""
+    """The policy of a run on its held-out rows again, at the official evaluation's temperature; kept in the run's folder."""
+    if (path := ROOT / f"runs/{name}/cold.json").exists():
+        return json.loads(path.read_text())
     args = SimpleNamespace(**json.loads((ROOT / f"runs/{name}/args.json").read_text()) | {"temperature": COLD})
     tokenizer, columns = load(AutoTokenizer, args.sft_path), ("prompt", "completion", args.reset_column)
     rows = load_rows(args.dataset, "", (args.eval_split,), columns, args.sft_path, args.max_rows)[args.eval_split]
@@ -91,7 +97,8 @@ def cold(name):
     else:
         reward = load_model(AutoModelForSequenceClassification, args.reward_path, tokenizer, args, "cpu")
     _, found = evaluate(policy, rows[: args.eval_rows], ref_policy, reward, tokenizer, args, "cpu")
-    return {key: round(value, 4) for key, value in found.items()}
+    path.write_text(json.dumps({key: round(value, 4) for key, value in found.items()}))
+    return json.loads(path.read_text())
 
 
 def with_success(task, found):
@@ -116,7 +123,7 @@ def table(task, records):
     columns, lists = COLUMNS[task], task == "transcription"
     runs = {d: [run for run in records if (run["task"], run["deviation"]) == (task, d)] for d in (OURS, *DEVIATIONS)}
     titles = [key.replace("_", " ") + f", T = {1 if of == 'test' else COLD}" for of, key, _ in columns]
-    titles += ["episodes to 50%; share at the end"] * lists
+    titles += ["validation: episodes to 50%; share at the end"] * lists
     lines = ["| minus ours | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for deviation, part in runs.items():
         assert [run["seed"] for run in part] == [run["seed"] for run in runs[OURS]]

@@ -24,6 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import failures
+from benchmark import seeds as tldr
 from benchmark.seeds import EVERY, SEEDS, interval, start_of, train
 from benchmark.sweep import ROOT, arguments, curves, last, sweep, write
 
@@ -42,6 +43,8 @@ def name_of(method, kl_coef, seed):
 def command(method, kl_coef, seed):
     if (method, kl_coef) == ("ppo", 0):
         return failures.command("no KL penalty", seed)
+    if kl_coef == DEFAULT:
+        return tldr.command(method, seed)
     name = name_of(method, kl_coef, seed)
     return [f"{method}.py", *start_of(seed)[1], *EVERY, "--kl-coef", kl_coef, "--output-dir", f"models/{name}"]
 

@@ -108,9 +108,10 @@ def extrapolate(model, command):
 def judge(seeds, workers, names):
     """A table of an earlier time may lack a policy: it is made again, and what was generated for it is kept."""
     runs = dict(stages(seeds, names))["judge"]
-    for run, flags in runs.items():
-        known = set(result(run))
-        if known and not known >= set(flags[2 : 2 + len(names)]):
+    for run, flags in [*runs.items()]:
+        if (known := set(result(run))) >= set(flags[2 : 2 + len(names)]):
+            del runs[run]
+        elif known:
             shutil.rmtree(ROOT / f"runs/{run}")
     sweep("judge", runs, workers)
 

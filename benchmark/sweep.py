@@ -1,6 +1,7 @@
 """What the sweeps share: many runs of the scripts, as many at a time as there are cores; a run that is done is not done again."""
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -16,13 +17,22 @@ ONE_CORE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICE
 
 
 def run(name, script, *flags):
-    """One run on one core, with what it prints in runs/NAME.log; where it was stopped before, it goes on."""
+    """One run on one core, with what it prints in runs/NAME.log; where it was stopped before, it goes on.
+
+    RuntimeError: it fails, or what is there was made by another text of the script or with other flags (runs/NAME.key).
+    """
+    text = (ROOT / script).read_bytes() + "\n".join(map(str, flags)).encode()
+    key, wanted = ROOT / f"runs/{name}.key", hashlib.sha256(text).hexdigest()
+    if (ROOT / f"runs/{name}").exists() and key.exists() and key.read_text() != wanted:
+        again = f"remove runs/{name} to run it again, or {key.name} if the change decides no number"
+        raise RuntimeError(f"runs/{name} was made by another {Path(script).name}, or with other flags: {again}")
+    key.parent.mkdir(exist_ok=True)
+    key.write_text(wanted)
     if (ROOT / f"runs/{name}/result.json").exists():
         return
     go_on = ["--resume", name] if (ROOT / f"runs/{name}/args.json").exists() else ["--run-name", name]
     command = [sys.executable, str(script), *map(str, flags), *go_on]
     log = ROOT / f"runs/{name}.log"
-    log.parent.mkdir(exist_ok=True)
     with open(log, "a") as file:
         code = subprocess.run(command, cwd=ROOT, env=os.environ | ONE_CORE, stdout=file, stderr=file).returncode
     if code != 0:

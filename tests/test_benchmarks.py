@@ -171,6 +171,8 @@ def start_seeds(cwd, _):
         "drpo.py": (*RL, "--dataset", reference),
         "judge.py": ("--dataset", reference, "--response-length", 8),
     }
+    for script in small:
+        (cwd / script).symlink_to(ROOT / script)
 
     def one_by_one(title, runs, workers):
         for name, command in runs.items():
@@ -421,6 +423,13 @@ def start_sweep(cwd, _):
             sweep.sweep("title", runs, workers=2)
         assert sorted((cwd / "calls").read_text().splitlines()) == ["--resume b", "--x 1 --run-name a"]
         assert sweep.curves("a") == {"at": [0, 8], "x": [1, 2]}
+        with pytest.raises(
+            SystemExit, match="runs/a was made by another fake.py, or with other flags: remove runs/a to"
+        ):
+            sweep.sweep("title", {"a": ["fake.py", "--x", 2]}, workers=1)
+        (cwd / "fake.py").write_text(FAKE + "# another text")
+        with pytest.raises(SystemExit, match="or a.key if the change decides no number"):
+            sweep.sweep("title", {"a": ["fake.py", "--x", 1]}, workers=1)
         records = [{"seed": 1, "x": 0}, {"seed": 2, "x": 0}]
         sweep.write(cwd / "out.json", records, "seed")
         sweep.write(cwd / "out.json", [{"seed": 1, "x": 5}], "seed")  # of one seed: the other stays
