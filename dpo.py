@@ -4,7 +4,8 @@ The log-ratio of policy and SFT policy, times beta, is an implicit reward; its B
 optimum as KL-penalised RL on the reward model of those pairs. The offline baseline of the DR-PO paper.
 
     python dpo.py                                          # embedded task; trains models/sft if missing
-    python dpo.py --sft-path my_sft --dataset trl-lib/tldr-preference --learning-rate 3e-6 --prompt-length 512
+    python dpo.py --sft-path my_sft --dataset trl-lib/tldr-preference --learning-rate 3e-6 \
+        --prompt-length 512 --response-length 169
 
 DPO = arXiv:2305.18290, DR-PO = arXiv:2404.08495v3. "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr:
  1. reference log-probs are computed once, by the policy before its first step; the official code keeps a second model.

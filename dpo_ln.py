@@ -4,7 +4,8 @@ A reward is then beta times the mean log-ratio of a token, and a long response i
 What is lost: the loss of DPO has the optimum of KL-penalised RL on the reward model of the pairs, this one has not.
 
     python dpo_ln.py                                       # embedded task; trains models/sft if missing
-    python dpo_ln.py --sft-path my_sft --dataset trl-lib/tldr-preference --learning-rate 3e-6 --prompt-length 512
+    python dpo_ln.py --sft-path my_sft --dataset trl-lib/tldr-preference --learning-rate 3e-6 \
+        --prompt-length 512 --response-length 169
 
 DPO = arXiv:2305.18290, DR-PO = arXiv:2404.08495v3. "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr:
  1. reference log-probs are computed once, by the policy before its first step; the official code keeps a second model.

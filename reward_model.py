@@ -5,7 +5,7 @@ centred so that reference responses average 0; the constant is stored in the con
 
     python reward_model.py                                 # embedded task, about a minute on two cores
     python reward_model.py --sft-path my_sft --dataset trl-lib/tldr-preference --reference-dataset trl-lib/tldr \
-        --eval-split validation --learning-rate 3e-6 --num-epochs 1 --batch-size 64 --prompt-length 512
+        --eval-split validation --learning-rate 3e-6 --num-epochs 1 --prompt-length 512 --response-length 169
 
 DR-PO = arXiv:2404.08495v3, N+ = arXiv:2403.17031. "Official code" is Cornell-RL/drpo at bd825df, folder src/tldr:
  1. references are scored at their real EOS; the official centring (rm.py:587) reads a padding position.

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The whole chain on real dialogues (Anthropic HH) with a small model from scratch: does everything hold on real data?
 # It is no quality result: 3.4 million random weights learn little from 1,300 dialogues.
-#   benchmark/hh_small.sh [DATASET]      a folder or hub name; default ../shared/data/hh-harmless, a slice of HH
+#   benchmark/hh_small.sh [DATASET]      a folder or hub name: Anthropic/hh-rlhf, or rows of its form
 set -euo pipefail
 cd "$(dirname "$0")/.."
-data=${1:-../shared/data/hh-harmless}
+data=${1:?which dataset? for example Anthropic/hh-rlhf}
 export OMP_WAIT_POLICY=passive
 models=models/hh
 splits="--train-split train"
