@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark.separation import EPISODES, LENGTHS, LONG, OUT, WALL, of, reached
+from benchmark.separation import EPISODES, LENGTHS, LONG, OUT, WALL, growth_alone, growth_of, of, reached
 from plumbing import fail
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +30,9 @@ def draw_separation(figure):
     runs = json.loads(OUT.read_text())
     speed, end = figure.subplots(1, 2)
     series = [(label(beta), {n: of(runs, length=n, beta=beta, **USUAL) for n in LENGTHS}) for beta in STYLES]
-    series += [("PPO, no KL penalty", {n: of(runs, length=n, beta=0, kl_coef=0) for n, *_ in WALL})]
+    series += [
+        ("PPO, no KL penalty, up to 20,480 episodes", {n: of(runs, length=n, beta=0, kl_coef=0) for n, *_ in WALL})
+    ]
     for row, ((name, parts), (color, marker, line)) in enumerate(zip(series, [*STYLES.values(), ("black", "x", "-")])):
         style = {"color": color, "marker": marker, "ls": line, "ms": 6, "label": name, "capsize": 3}
         times = {n: [reached(run, 0.5) for run in part] for n, part in parts.items() if part}
@@ -39,14 +41,20 @@ def draw_separation(figure):
             draw(end, {n: [run["success"][-1] for run in part] for n, part in parts.items()}, style)
         late = [n for n, found in times.items() if None in found]  # above the cap, a row for each series
         speed.plot(late, [LONG * 1.25 ** (1 + row)] * len(late), marker=marker, color=color, ms=6, mfc="none", ls="")
+    laws = [(growth_alone(runs), range(4, 11), "× {:.1f}"), (growth_of(runs, 1), LENGTHS, "+ {:,.0f}")]
+    for (more, law), lengths, text in filter(lambda x: x[0], laws):
+        x = [n for n in lengths if law(n) < LONG]
+        speed.plot(x, [law(n) for n in x], color="0.3", lw=0.8, zorder=1)
+        text, at = f"{text.format(more)} for two digits more", {"x": x[-1], "y": law(x[-1]) * 0.85}
+        speed.text(s=text, ha="right" if x[-1] == 12 else "left", va="top", fontsize=8, color="0.3", **at)
     note = {"x": LENGTHS[-1], "ha": "right", "fontsize": 8, "color": "0.3"}
     speed.axhline(LONG * 1.1, color="0.5", lw=0.8)
     speed.text(y=LONG * 1.02, va="top", s="above the line: not by every seed", **note)
     speed.set(yscale="log", xlabel="digits to copy", ylabel="episodes until half of held-out lists are right")
-    chance = {"color": "0.5", "lw": 1, "ls": (0, (1, 1)), "label": "supervised policy"}
-    end.plot(LENGTHS, [0.3**n for n in LENGTHS], **chance)
+    end.plot(LENGTHS, [0.3**n for n in LENGTHS], color="0.5", lw=1, ls=(0, (1, 1)))
     end.set(xlabel="digits to copy", ylabel=f"held-out lists right after {EPISODES:,} episodes", ylim=(-0.03, 1.03))
-    end.legend(*speed.get_legend_handles_labels(), fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.06))
+    handles, labels = speed.get_legend_handles_labels()
+    figure.legend([*handles, end.lines[-1]], [*labels, "by chance"], fontsize=9, loc="outside lower center", ncols=4)
     for axes in (speed, end):
         axes.grid(alpha=0.3)
         axes.set_xticks(LENGTHS)

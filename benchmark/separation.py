@@ -99,17 +99,30 @@ def cell_of(runs, **wanted):
 
 
 def growth(times, logarithmic=False):
-    """Least squares over length -> episodes of every seed: episodes a digit, or the factor for two digits more."""
-    points = [(length, math.log(x) if logarithmic else x) for length, found in times.items() for x in found]
-    slope = linear_regression(*zip(*points)).slope
-    return math.exp(2 * slope) if logarithmic else slope
+    """Least squares over length -> episodes of every seed; lengths that not all seeds learnt are left out.
 
-
-def print_growth(name, times, logarithmic=False):
+    -> what two digits more take, as a number of episodes or as a factor, and the fitted law: length -> episodes. None for
+    fewer than two lengths.
+    """
     times = {n: found for n, found in times.items() if found and None not in found}
-    if len(times) > 1:
-        more = growth(times, logarithmic)
-        print(f"{name}: " + (f"{more:.1f} times as many" if logarithmic else f"{2 * more:,.0f} more"))
+    if len(times) < 2:
+        return None
+    points = [(length, math.log(x) if logarithmic else x) for length, found in times.items() for x in found]
+    slope, intercept = linear_regression(*zip(*points))
+    if logarithmic:
+        return math.exp(2 * slope), lambda length: math.exp(intercept + slope * length)
+    return 2 * slope, lambda length: intercept + slope * length
+
+
+def growth_alone(runs):
+    """Of PPO without KL penalty, from 4 digits on: a factor."""
+    return growth({n: [reached(run, 0.5) for run in of(runs, length=n, beta=0, kl_coef=0)] for n, *_ in WALL[2:]}, True)
+
+
+def growth_of(runs, beta):
+    """Of DR-PO at its KL coefficient: a number of episodes."""
+    parts = {n: of(runs, length=n, beta=beta, episodes=EPISODES) for n in LENGTHS}
+    return growth({n: [reached(run, 0.5) for run in part] for n, part in parts.items()})
 
 
 def print_tables(runs):
@@ -125,11 +138,11 @@ def print_tables(runs):
     for variant, n, beta in VARIANTS:
         print(f"| {variant} | {n} | {beta:g} | {cell_of(runs, length=n, beta=beta, variant=variant)} |")
     print("\ntwo digits more take, fitted to the seeds' episodes to 50% where all seeds got there:")
-    alone = {n: [reached(run, 0.5) for run in of(runs, length=n, beta=0, kl_coef=0)] for n, *_ in WALL if n >= 4}
-    print_growth("PPO without KL penalty, from 4 digits on", alone, logarithmic=True)
+    if alone := growth_alone(runs):
+        print(f"PPO without KL penalty, from 4 digits on: {alone[0]:.1f} times as many")
     for beta in BETAS[1:]:
-        parts = {n: of(runs, length=n, beta=beta, episodes=EPISODES) for n in LENGTHS}
-        print_growth(f"beta {beta:g}", {n: [reached(run, 0.5) for run in part] for n, part in parts.items()})
+        if found := growth_of(runs, beta):
+            print(f"beta {beta:g}: {found[0]:,.0f} more")
     print("\nPPO alone\n\n| digits | KL coefficient | episodes | |\n|---|---|---|---|")
     for n, kl, episodes in WALL:
         print(f"| {n} | {kl:g} | {episodes:,} | {cell_of(runs, length=n, beta=0, kl_coef=kl, episodes=episodes)} |")

@@ -461,8 +461,11 @@ def start_separation(cwd, _):
     runs = [run | {"at": [0, 8, 16], "success": success} for success in ([0, 0.5, 0.9], [0, 0.2, 0.5], [0, 0.1, 0.3])]
     assert separation.cell_of(runs, length=2) == "12 (8 to 16), 1 of 3 never; 0.57"
     assert separation.cell_of(runs, length=4) == ""
-    assert separation.growth({4: [1000], 6: [4000], 8: [16000]}, logarithmic=True) == pytest.approx(4)
-    assert separation.growth({4: [1000, 3000], 8: [3000]}) == pytest.approx(250)
+    factor, law = separation.growth({4: [1000], 6: [4000], 7: [1, None], 8: [16000]}, logarithmic=True)
+    assert (factor, law(10)) == pytest.approx((4, 64000))
+    more, law = separation.growth({4: [1000, 3000], 8: [3000], 10: []})
+    assert (more, law(12)) == pytest.approx((500, 4000))
+    assert separation.growth({4: [1000], 6: [None]}) is None
 
 
 def start_reset_rules(cwd, folder):
