@@ -45,7 +45,7 @@ def draw_separation(figure):
     for (more, law), lengths, text in filter(lambda x: x[0], laws):
         x = [n for n in lengths if law(n) < LONG]
         speed.plot(x, [law(n) for n in x], color="0.3", lw=0.8, zorder=1)
-        text, at = f"{text.format(more)} for two digits more", {"x": x[-1], "y": law(x[-1]) * 0.85}
+        text, at = f"{text.format(more)} for two digits more", {"x": x[-1], "y": law(x[-1]) * 0.72}
         speed.text(s=text, ha="right" if x[-1] == 12 else "left", va="top", fontsize=8, color="0.3", **at)
     note = {"x": LENGTHS[-1], "ha": "right", "fontsize": 8, "color": "0.3"}
     speed.axhline(LONG * 1.1, color="0.5", lw=0.8)
