@@ -1,6 +1,6 @@
 """Where resets matter: episodes to success against the length of the list, on data/transcription; DR-PO against PPO.
 
-    python benchmark/separation.py                  # up to 25 minutes a seed on two cores; goes on where it was stopped
+    python benchmark/separation.py                  # 100 minutes on two cores; goes on where it was stopped
     python benchmark/separation.py --seeds 1        # one of the five
     python benchmark/plot.py separation             # the figure, from separation.json, written after every seed
 

@@ -255,3 +255,28 @@ def test_import_does_nothing(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
+
+
+def anchors(page):
+    """As GitHub makes them of headings."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^    .*$", "", page.read_text(), flags=re.M), re.M)
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"\[(.+?)\]\(.+?\)", r"\1", title)).lower().replace(" ", "-") for title in titles
+    }
+
+
+def test_links_lead_somewhere():
+    for page in (path for folder in (".", "docs", "benchmark", "data/*") for path in ROOT.glob(f"{folder}/*.md")):
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            path, _, anchor = target.partition("#")
+            if "://" in target:
+                continue
+            found = (page.parent / path).resolve() if path else page
+            assert found.exists(), f"{page}: {target}"
+            assert not anchor or anchor in anchors(found), f"{page}: {target}"
+
+
+def test_every_benchmark_is_listed():
+    text = (ROOT / "benchmark/README.md").read_text()
+    names = [path.name for path in (ROOT / "benchmark").iterdir() if path.suffix in (".py", ".sh")]
+    assert not [name for name in names if name not in text]
