@@ -1,6 +1,6 @@
 """Other rules for the reset point: drpo.py with another sample_reset_len, on data/transcription.
 
-    python benchmark/reset_rules.py      # ten minutes on two cores; goes on where it was stopped, writes reset_rules.json
+    python benchmark/reset_rules.py      # twelve minutes on two cores; goes on where it was stopped, writes reset_rules.json
 
 Each rule is a diff of at most 15 changed lines in benchmark/resets/, applied to a copy of drpo.py as it is committed: a reset
 rule is one function. All rows are reset (beta 1), as those papers do. Every run sees 256 rows 20 times each, because a rule that adapts
