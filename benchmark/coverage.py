@@ -5,7 +5,8 @@
     python benchmark/plot.py coverage          # the figure
 
 Coverage: lists of 4, 6 and 8 digits, of which the SFT policy starts each right with probability 0.3 (data/transcription, SFT
-policies as in benchmark/separation.py); the share of right copies against the sampled answers. The sweep: three seeds, 5,120 answers,
+policies as in benchmark/separation.py), and of 4 digits where it does with 0.1; the share of right copies against the sampled
+answers. The sweep: three seeds, 5,120 answers,
 TL;DR and lists of 6 digits.
 """
 
@@ -20,7 +21,7 @@ from benchmark.seeds import SEEDS, start_of, train
 from benchmark.sweep import ROOT, arguments, curves, last, sweep, write
 
 OUT = ROOT / "benchmark/coverage.json"
-LENGTHS, LISTS, EPISODES = (4, 6, 8), 6, 10_240
+COVERED, LISTS, EPISODES = ((4, 0.3), (4, 0.1), (6, 0.3), (8, 0.3)), 6, 10_240  # digits, probability that one is right
 METHODS = {"online_dpo": "online DPO", "xpo": "XPO"}
 CONSTANT = ["--alpha-rounds", 1_000_000]
 BONUS, BETA = 0.01, 0.1  # of the coverage runs
@@ -28,9 +29,14 @@ BETAS, ALPHAS = (0.1, 0.5, 2.0), (0, "paper", 0.001, 0.01, 0.1)  # paper: 1e-5, 
 SWEEP_SEEDS, SWEEP_EPISODES = (1, 2, 3), 5_120
 
 
-def of_lists(length, seed):
+def setting_of(length, right, seed):
+    """As benchmark/separation.py has them."""
+    return {"length": length, "seed": seed} | ({} if right == 0.3 else {"right": right})
+
+
+def of_lists(length, right, seed):
     """Flags for lists, from their SFT policy."""
-    setting = {"length": length, "seed": seed}
+    setting = setting_of(length, right, seed)
     flags = ["--dataset", separation.data_of(setting), "--sft-path", f"models/{separation.sft_of(setting)}"]
     return [*flags, "--reward-path", "data/transcription/reward.py", "--seed", seed, "--eval-rows", 200]
 
@@ -38,16 +44,14 @@ def of_lists(length, seed):
 def coverage_runs(seeds):
     """Run -> what it is and its command."""
     for seed in seeds:
-        for length in LENGTHS:
+        for length, right in COVERED:
             for method in METHODS:
-                name, flags = f"coverage_{length}_{method}_{seed}", [*of_lists(length, seed), "--beta", BETA]
+                name = f"coverage_{length}_{right}_{method}_{seed}"
+                flags = [*of_lists(length, right, seed), "--beta", BETA]
                 flags += ["--alpha", BONUS, *CONSTANT] if method == "xpo" else []
                 flags += ["--total-episodes", EPISODES, "--output-dir", f"models/{name}", "--eval-every", 16]
-                yield (
-                    name,
-                    {"part": "coverage", "length": length, "method": method, "seed": seed},
-                    [f"{method}.py", *flags],
-                )
+                what = {"part": "coverage", "length": length, "right": right, "method": method, "seed": seed}
+                yield name, what, [f"{method}.py", *flags]
 
 
 def sweep_runs(seeds):
@@ -56,7 +60,7 @@ def sweep_runs(seeds):
             for beta in BETAS:
                 for alpha in ALPHAS:
                     name = f"xpo_{task}_{beta}_{alpha}_{seed}"
-                    flags = start_of(seed)[1] if task == "tldr" else of_lists(LISTS, seed)
+                    flags = start_of(seed)[1] if task == "tldr" else of_lists(LISTS, 0.3, seed)
                     flags = [
                         *flags,
                         "--beta",
@@ -84,13 +88,13 @@ def record(name, what):
 def print_tables(records):
     ends = {}
     for run in records:
-        ends.setdefault((run["part"], run.get("length"), run.get("method")), []).append(run["success"][-1])
+        ends.setdefault((run.get("length"), run.get("right"), run.get("method")), []).append(run["success"][-1])
     print(f"\nshare of held-out lists copied right after {EPISODES:,} sampled answers: mean (range) over seeds\n")
     print("| digits, chance | " + " | ".join(METHODS.values()) + " |\n|---|---|---|")
-    for n in LENGTHS:
-        found = [ends["coverage", n, method] for method in METHODS]
+    for n, right in COVERED:
+        found = [ends[n, right, method] for method in METHODS]
         cells = [f"{mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in found]
-        print(f"| {n}, {0.3**n:.1g} | " + " | ".join(cells) + " |")
+        print(f"| {n}, {right}^{n} = {right**n:.1g} | " + " | ".join(cells) + " |")
     titles = {
         "tldr": "TL;DR, test: win rate %, mean (range), KL",
         "lists": f"lists of {LISTS} digits: % right, mean (range), KL",
@@ -115,10 +119,10 @@ if __name__ == "__main__":
     if not args.table:
         few = [seed for seed in args.seeds if seed in SWEEP_SEEDS]
         train(few, args.workers, {"sft", "reward"})
-        separation.train_policies([{"length": n, "seed": s} for n in LENGTHS for s in args.seeds], args.workers)
+        separation.train_policies([setting_of(*kind, s) for kind in COVERED for s in args.seeds], args.workers)
         runs = [*coverage_runs(args.seeds), *sweep_runs(few)]
         sweep("XPO", {name: run for name, _, run in runs}, args.workers)
-        keys = "part", "length", "method", "beta", "alpha", "seed"
+        keys = "part", "length", "right", "method", "beta", "alpha", "seed"
         nothing = dict.fromkeys(keys)
         write(OUT, [nothing | record(name, what) for name, what, _ in runs], *keys)
     print_tables(json.loads(OUT.read_text()))

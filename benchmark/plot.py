@@ -171,20 +171,31 @@ RL_PANELS = {"rubric": "rubric", "score": "reward-model score", "kl": KL_LABEL, 
 
 
 def draw_curves(figure):
-    """Each training script at its defaults: what it logs on the validation split."""
+    """Each training script at its defaults: what it logs on the validation split, mean and range."""
     runs = {name: part for (name,), part in group(load("curves"), "run").items()}
-    panels = figure.subplots(2, 4)
-    above = {("sft", "loss"): "sft.py: loss", ("reward", "accuracy"): "reward_model.py: accuracy"}
-    above |= {("dpo", "accuracy"): "dpo.py: accuracy", ("dpo", "logprobs/chosen"): "dpo.py: logprobs/chosen"}
-    for axes, ((name, key), title) in zip(panels[0], above.items()):
-        draw_band(axes, runs[name], key, {"color": "black", "marker": "o", "ms": 4, "label": "mean and range"})
-        axes.set(xlabel="epoch", title=title)
-    for axes, (key, title) in zip(panels[1], RL_PANELS.items()):
-        for method, (label, style) in METHODS.items():
-            draw_band(axes, runs[method], key, style | {"ms": 4, "label": label})
-        axes.set(xlabel="episodes", title=title)
-    finish(panels[0][0], panels[1][0])
-    finish(*panels[0][1:], *panels[1][1:], legend=False)
+    online = {"rto": ("RTO", PPO), "online_dpo": ("online DPO", METHODS["drpo_0.5"][1]), "xpo": ("XPO", DRPO)}
+    online |= {"rejection_sampling": ("rejection sampling", {"color": "0.4", "marker": "D", "ls": ":"})}
+    pairs = {"dpo": ("DPO", PPO), "dpo_ln": ("LN-DPO", DRPO)}
+    above = {"loss": ("sft.py: loss", {"sft": ("SFT", PPO)})}
+    above |= {"accuracy": ("reward_model.py: accuracy", {"reward": ("reward model", PPO)})}
+    above |= {
+        "accuracy ": ("accuracy of pairs", pairs),
+        "logprobs/chosen": ("dpo.py: logprobs/chosen", {"dpo": pairs["dpo"]}),
+    }
+    rows = [
+        above,
+        *({key: (title, part) for key, title in RL_PANELS.items()} for part in (METHODS, online) if part.keys() & runs),
+    ]
+    figure.set_size_inches(13, 3 * len(rows))
+    panels = figure.subplots(len(rows), 4)
+    for number, (row, place) in enumerate(zip(rows, panels)):
+        for axes, (key, (title, methods)) in zip(place, row.items()):
+            for method, (label, style) in methods.items():
+                if method in runs:
+                    draw_band(axes, runs[method], key.strip(), style | {"ms": 4, "label": label})
+            axes.set(xlabel="episodes" if number else "epoch", title=title)
+    finish(*panels[0], *panels[1:, 0])
+    finish(*panels[1:, 1:].flat, legend=False)
 
 
 def draw_failures(figure):
@@ -196,7 +207,12 @@ def draw_failures(figure):
     for axes, (key, title) in zip(panels, (RL_PANELS | {"eos": "share with an EOS"}).items()):
         draw_band(axes, healthy, key, PPO | {"ms": 3, "label": "healthy"})
         for (name, part), (color, marker, line) in zip(parts.items(), looks):
-            draw_band(axes, part, key, {"color": color, "marker": marker, "ls": line, "ms": 4, "label": name})
+            style = {"color": color, "marker": marker, "ls": line, "ms": 4, "label": name}
+            if "learning rate" in name:  # all or nothing by seed: a band would cover the panel
+                for run in part:
+                    axes.plot(run["at"], run[key], **style | {"label": name if run is part[0] else None})
+            else:
+                draw_band(axes, part, key, style)
         axes.set(xlabel="episodes", title=title)
     panels[2].set_yscale("symlog", linthresh=1)
     finish(*panels[:5], legend=False)
@@ -208,15 +224,16 @@ def draw_failures(figure):
 
 
 def draw_coverage(figure):
-    """Right copies against sampled answers, a panel for every length; means and ranges over seeds."""
+    """Right copies against sampled answers, a panel for every kind of list; means and ranges over seeds."""
     records = [run for run in load("coverage") if run["part"] == "coverage"]
     looks = {"online_dpo": ("online DPO", PPO), "xpo": ("XPO, α = 0.01 throughout", DRPO)}
-    panels = figure.subplots(1, len(lengths := sorted({run["length"] for run in records})), sharey=True)
-    for axes, n in zip(panels, lengths):
-        for method, (label, style) in looks.items():
-            part = [run for run in records if (run["length"], run["method"]) == (n, method)]
-            draw_band(axes, part, "success", style | {"ms": 5, "label": label})
-        axes.set(xlabel="sampled answers", title=f"{n} digits, by chance {0.3**n:.1g}", ylim=(-0.03, 1.03))
+    parts = group(records, "length", "right")
+    panels = figure.subplots(1, len(parts), sharey=True)
+    for axes, ((n, right), part) in zip(panels, parts.items()):
+        for (method,), runs in group(part, "method").items():
+            label, style = looks[method]
+            draw_band(axes, runs, "success", style | {"ms": 5, "label": label})
+        axes.set(xlabel="sampled answers", title=f"{n} digits, {right}^{n} = {right**n:.1g}", ylim=(-0.03, 1.03))
     panels[0].set(ylabel="held-out lists copied right")
     finish(*panels)
 

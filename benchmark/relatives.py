@@ -59,6 +59,7 @@ def command(method, seed):
     if method in PAIRS:
         return [script, *flags, "--dataset", f"{true_reward.DATA}/pairs"]
     flags += ["--dpo-path", dpo] if method == "rto" else []
+    flags = [f"{true_reward.DATA}/pairs" if flag == tldr.PAIRS[1] else flag for flag in flags]
     flags += ["--reward-path", "data/transcription/reward.py", "--dataset", f"{true_reward.DATA}/task"]
     return [script, *flags, *LISTS[script], "--eval-rows", 200]
 
@@ -94,7 +95,19 @@ def record(task, method, seed):
         if task == "transcription":  # the reference is the right copy, which nothing else ties with
             row["rubric"], row["win_rate"] = 2 * row["win_rate"], None
         found[temperature] = {key: value if value is None else round(value, 4) for key, value in row.items()}
-    return found | spent(name_of(task, method, seed))
+    return found | spent(name_of(task, method, seed)) | accepted(name_of(task, method, seed))
+
+
+def accepted(name):
+    """Of rejection sampling: what its steps accepted, [{"step", "eta", "rate", "effective", "score", "control", "pairs"}]."""
+    path = ROOT / f"runs/{name}/metrics.jsonl"
+    lines = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+    steps = {line["step"]: line for line in lines if "accept/rate" in line}.values()
+    keys = {key: f"accept/{key}" for key in ("rate", "effective", "score", "control")} | {"pairs": "pairs/used"}
+    found = [
+        {"step": x["step"], "eta": x["eta"]} | {name: round(x[key], 4) for name, key in keys.items()} for x in steps
+    ]
+    return {"steps": found} if found else {}
 
 
 def print_tables(records):
@@ -131,6 +144,22 @@ def print_tables(records):
                 print(f"| {title} | " + " | ".join(cells) + " |")
 
 
+def print_steps(records):
+    print("\nwhat rejection sampling accepted, TL;DR: mean ± standard deviation over seeds\n")
+    print(
+        "| | step | eta | accepted | worth, of 8 | score of the accepted | of as many at random | pairs |\n"
+        + "|---" * 8
+        + "|"
+    )
+    for method in ("rso", "rejection_sampling"):
+        runs = [run["steps"] for run in records if (run["task"], run["method"]) == ("tldr", method) and "steps" in run]
+        for steps in zip(*runs):
+            cells = [f"{steps[0]['step']} | {steps[0]['eta']:.3g}"]
+            for key in ("rate", "effective", "score", "control", "pairs"):
+                cells.append(cell({"rate": "eos", "pairs": "length"}.get(key, key), [step[key] for step in steps]))
+            print(f"| {POLICIES[method][0]} | " + " | ".join(cells) + " |")
+
+
 if __name__ == "__main__":
     args = arguments(__doc__, SEEDS)
     if not args.table:
@@ -147,4 +176,6 @@ if __name__ == "__main__":
         sweep("judge", {judged("transcription", *t): judge_command(*t) for t in tables}, args.workers)
         runs = [(task, method, seed) for task in TASKS for method in POLICIES for seed in args.seeds]
         write(OUT, [record(*run) for run in runs], "task", "method", "seed")
-    print_tables(json.loads(OUT.read_text()))
+    records = json.loads(OUT.read_text())
+    print_tables(records)
+    print_steps(records)

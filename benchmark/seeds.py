@@ -23,6 +23,7 @@ from benchmark.sweep import ROOT, arguments, curves, sweep, write
 OUT, CURVES = ROOT / "benchmark/seeds.json", ROOT / "benchmark/curves.json"
 SEEDS = (1, 2, 3, 4, 5)
 ONE_STEP = ["--num-steps", 1, "--prompts-per-step", 639, "--updates-per-step", 120]  # as much as in three steps
+PAIRS = ["--preference-dataset", "data/tldr_mini/preference"]  # 80 updates are as many as online
 POLICIES = {  # name -> title, script, flags
     "sft": ("SFT", "sft.py", []),
     "dpo": ("DPO", "dpo.py", []),
@@ -31,6 +32,8 @@ POLICIES = {  # name -> title, script, flags
     "rso": ("RSO", "rejection_sampling.py", ONE_STEP),
     "rejection_sampling": ("rejection sampling, 3 steps", "rejection_sampling.py", []),
     "online_dpo": ("online DPO", "online_dpo.py", []),
+    "hybrid": ("online DPO, hybrid", "online_dpo.py", PAIRS),
+    "offline": ("online DPO, offline", "online_dpo.py", [*PAIRS, "--total-episodes", 0, "--updates-per-round", 80]),
     "xpo": ("XPO", "xpo.py", []),
     "ppo": ("PPO", "ppo.py", []),
     "rto": ("RTO", "rto.py", []),

@@ -1,7 +1,7 @@
 """Where resets matter: episodes to success against the length of the list, on data/transcription; DR-PO against PPO.
 
     python benchmark/separation.py                  # 100 minutes on two cores; goes on where it was stopped
-    python benchmark/separation.py --seeds 1        # one of the five
+    python benchmark/separation.py --seeds 1        # one of the five; --table: only print the tables of separation.json
     python benchmark/plot.py separation             # the figure, from separation.json, written after every seed
 
 A list of L digits is copied by a policy that starts right with probability 0.3 a digit (as its writers are), so that a whole
@@ -10,34 +10,38 @@ policy is trained from scratch. beta 0 is PPO (drpo.py --beta 0 equals ppo.py). 
 penalty, which pulls it back to the supervised policy between rare successes, and for four times the episodes.
 """
 
-import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 from statistics import linear_regression, mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark.sweep import ROOT, curves, sweep
+from benchmark.sweep import ROOT, arguments, curves, sweep
 
 OUT = ROOT / "benchmark/separation.json"
 SEEDS, LENGTHS, BETAS, EPISODES = (1, 2, 3, 4, 5), (2, 4, 6, 8, 10, 12), (0, 0.25, 0.5, 0.75, 1), 5_120
 LONG = 4 * EPISODES
 FEW = (1, 2, 3)  # the seeds of what follows, which is beside the main table
 WALL = [(n, 0, EPISODES if n < 5 else LONG) for n in range(2, 9)] + [(6, 0.01, LONG)]  # of PPO alone
+FREE = (4, 6, 8)  # lengths of DR-PO without KL penalty, beta 1
 # the text that resets go into is the writers' own; lists without letters, so that the first token is already a choice
 VARIANTS = [("written", 8, 0.5), ("written", 8, 1), ("bare", 4, 0.5), ("bare", 4, 1), ("bare", 8, 0.5), ("bare", 8, 1)]
 
 
+def kind_of(setting):
+    """How its lists differ from the usual ones."""
+    return "_bare" * (setting.get("variant") == "bare") + (f"_right_{setting['right']}" if "right" in setting else "")
+
+
 def data_of(setting):
-    return f"runs/separation_data_{setting['length']}" + "_bare" * (setting.get("variant") == "bare")
+    return f"runs/separation_data_{setting['length']}{kind_of(setting)}"
 
 
 def sft_of(setting):
     """Name of the run and folder under models/ of the supervised policy."""
-    return f"separation_sft_{setting['length']}_{setting['seed']}" + "_bare" * (setting.get("variant") == "bare")
+    return f"separation_sft_{setting['length']}_{setting['seed']}{kind_of(setting)}"
 
 
 def settings(seed):
@@ -48,6 +52,8 @@ def settings(seed):
             yield usual | {"length": length, "beta": beta}
     for length, kl, episodes in WALL if seed in FEW else ():
         yield {"length": length, "seed": seed, "beta": 0, "kl_coef": kl, "episodes": episodes}
+    for length in FREE if seed in FEW else ():
+        yield usual | {"length": length, "beta": 1, "kl_coef": 0}
     for variant, length, beta in VARIANTS if seed in FEW else ():
         yield usual | {"length": length, "beta": beta, "variant": variant}
 
@@ -89,10 +95,10 @@ def of(runs, variant=None, **wanted):
     return [run for run in runs if all(run.get(name) == value for name, value in wanted.items())]
 
 
-def cell_of(runs, **wanted):
-    """Episodes until half of the lists are right, mean and range over seeds; how many never got there; share at the end."""
+def cell_of(runs, share=0.5, **wanted):
+    """Episodes until a share of the lists is right, mean and range over seeds; how many never got there; share at the end."""
     part = of(runs, **wanted)
-    found = [x for run in part if (x := reached(run, 0.5)) is not None]
+    found = [x for run in part if (x := reached(run, share)) is not None]
     never = f"{len(part) - len(found)} of {len(part)} never" * (len(found) < len(part))
     times = f"{mean(found):,.0f} ({min(found):,} to {max(found):,})" if found else ""
     return f"{', '.join(filter(None, (times, never)))}; {mean(run['success'][-1] for run in part):.2f}" if part else ""
@@ -121,17 +127,18 @@ def growth_alone(runs):
 
 def growth_of(runs, beta):
     """Of DR-PO at its KL coefficient: a number of episodes."""
-    parts = {n: of(runs, length=n, beta=beta, episodes=EPISODES) for n in LENGTHS}
+    parts = {n: of(runs, length=n, beta=beta, kl_coef=0.01, episodes=EPISODES) for n in LENGTHS}
     return growth({n: [reached(run, 0.5) for run in part] for n, part in parts.items()})
 
 
 def print_tables(runs):
-    print("\nepisodes to 50% of held-out lists copied right, mean (range) over seeds; share at the end\n")
     titles = ["PPO (beta 0)" if beta == 0 else f"beta {beta:g}" for beta in BETAS]
-    print("| digits, chance | " + " | ".join(titles) + " |\n" + "|---" * (len(BETAS) + 1) + "|")
-    for n in LENGTHS:
-        cells = [cell_of(runs, length=n, beta=beta, kl_coef=0.01, episodes=EPISODES) for beta in BETAS]
-        print(f"| {n}, {0.3**n:.1g} | " + " | ".join(cells) + " |")
+    for share in (0.5, 0.9):
+        print(f"\nepisodes to {share:.0%} of held-out lists copied right, mean (range) over seeds; share at the end\n")
+        print("| digits, chance | " + " | ".join(titles) + " |\n" + "|---" * (len(BETAS) + 1) + "|")
+        for n in LENGTHS:
+            cells = [cell_of(runs, share, length=n, beta=beta, kl_coef=0.01, episodes=EPISODES) for beta in BETAS]
+            print(f"| {n}, {0.3**n:.1g} | " + " | ".join(cells) + " |")
     print(
         "\nresets into the writers' own text; lists without letters\n\n| variant | digits | beta | |\n|---|---|---|---|"
     )
@@ -143,17 +150,22 @@ def print_tables(runs):
     for beta in BETAS[1:]:
         if found := growth_of(runs, beta):
             print(f"beta {beta:g}: {found[0]:,.0f} more")
-    print("\nPPO alone\n\n| digits | KL coefficient | episodes | |\n|---|---|---|---|")
-    for n, kl, episodes in WALL:
-        print(f"| {n} | {kl:g} | {episodes:,} | {cell_of(runs, length=n, beta=0, kl_coef=kl, episodes=episodes)} |")
+    print(
+        "\nPPO for longer and without KL penalty; DR-PO without\n\n| digits | beta | KL coefficient | episodes | |\n|---|---|---|---|---|"
+    )
+    for n, beta, kl, episodes in [(n, 0, kl, episodes) for n, kl, episodes in WALL] + [
+        (n, 1, 0, EPISODES) for n in FREE
+    ]:
+        found = cell_of(runs, length=n, beta=beta, kl_coef=kl, episodes=episodes)
+        print(f"| {n} | {beta} | {kl:g} | {episodes:,} | {found} |")
 
 
 def train_policies(runs, workers):
     """The data of every length, the supervised policy of every length and seed."""
     for setting in {data_of(run): run for run in runs}.values():
-        flags = ["--length", setting["length"], "--out", data_of(setting)] + ["--bare"] * data_of(setting).endswith(
-            "bare"
-        )
+        flags = ["--length", setting["length"], "--out", data_of(setting)]
+        flags += ["--bare"] * (setting.get("variant") == "bare")
+        flags += ["--right", setting["right"]] if "right" in setting else []
         command = [sys.executable, "data/transcription/generate.py", *map(str, flags)]
         subprocess.run(command, cwd=ROOT, check=True)
     sweep("supervised policies", {sft_of(run): sft_command(run) for run in runs}, workers)
@@ -169,14 +181,12 @@ def write_runs(path, runs):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
-    args = parser.parse_args()
-    found = []
-    for seed in args.seeds:  # one after the other, so that what is done first is already a picture
+    args = arguments(__doc__, SEEDS)
+    for seed in (
+        () if args.table else args.seeds
+    ):  # one after the other, so that what is done first is already a picture
         runs = list(settings(seed))
         train_policies(runs, args.workers)
         sweep(f"seed {seed}", {name_of(run): rl_command(run) for run in runs}, args.workers)
-        found += write_runs(OUT, runs)
-        print_tables(found)
+        write_runs(OUT, runs)
+    print_tables(json.loads(OUT.read_text()))

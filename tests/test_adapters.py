@@ -114,7 +114,7 @@ def test_a_rollout_with_recomputation_still_uses_the_cache():
     assert lengths[0] == 8 and set(lengths[1:]) == {1}
 
 
-SCRIPTS = ("sft", "reward_model", "dpo", "ppo", "drpo", "rto", "online_dpo", "xpo", "rejection_sampling")
+SCRIPTS = ("sft", "reward_model", "dpo", "dpo_ln", "ppo", "drpo", "rto", "online_dpo", "xpo", "rejection_sampling")
 ROUNDS = ("--prompts-per-round", 16, "--samples-per-prompt", 3, "--updates-per-round", 2, "--batch-size", 16)
 ROUNDS += ("--total-episodes", 48, "--eval-rows", 16)
 REJECTION = (
@@ -148,6 +148,7 @@ def test_every_script_trains_adapters(name, models, tmp_path):
         "sft": ("--dataset", models.reference, "--base-model", models.sft, *steps),
         "reward_model": (*pairs, *steps, "--reference-dataset", models.reference),
         "dpo": (*pairs, *steps),
+        "dpo_ln": (*pairs, *steps),
         **flags_of_new_pairs(models),
     }.get(name) or (*models.rl[f"{name}.py"], *rl)
     run_here(f"{name}.py", *flags, *LORA, "--output-dir", "out", "--run-name", "run", cwd=tmp_path)
@@ -178,7 +179,12 @@ def test_the_numbers_at_the_end_are_those_of_the_saved_folder(name, models, tmp_
     references = ("--dataset", models.reference, "--num-epochs", 1, "--batch-size", 64)
     rl = models.rl.get(f"{name}.py", ())
     rl += ("--total-episodes", 16, "--batch-size", 16, "--minibatch-size", 16, "--eval-rows", 16)
-    flags = {"sft": references, "dpo": pairs, "reward_model": (*pairs, "--reference-dataset", models.reference)}
+    flags = {
+        "sft": references,
+        "dpo": pairs,
+        "dpo_ln": pairs,
+        "reward_model": (*pairs, "--reference-dataset", models.reference),
+    }
     flags = (*(flags | flags_of_new_pairs(models)).get(name, rl), "--dtype", "bfloat16")
     start = "--base-model" if name == "sft" else "--sft-path"
 
@@ -200,7 +206,7 @@ def test_the_numbers_at_the_end_are_those_of_the_saved_folder(name, models, tmp_
     line_0 = read_metrics(tmp_path / "runs/again", start=0)[0]
     if name == "sft":
         assert line_0["eval/loss"] == pytest.approx(said["SFT"]["loss"], rel=1e-5)
-    elif name == "dpo":
+    elif name.startswith("dpo"):
         for side in ("logprobs/chosen", "logprobs/rejected"):
             assert line_0[f"eval/{side}"] == pytest.approx(said["after"][side], rel=1e-5)
     else:  # the KL is to another policy now

@@ -293,9 +293,9 @@ def start_relatives(cwd, _):
     assert all(knows(seeds.command(*run[1:])) for run in every)
     assert all(knows(relatives.command(*run[1:])) for run in every if run[1] != "sft")
     stages = seeds.stages([1, 2], list(seeds.POLICIES))
-    assert [len(runs) for _, runs in stages] == [2, 6, 16, 8]  # all but ExPO, which is no run, and the reward model
+    assert [len(runs) for _, runs in stages] == [2, 6, 20, 8]  # all but ExPO, which is no run, and the reward model
     assert all(len(set(runs)) == len(runs) and all(map(knows, runs.values())) for _, runs in stages)
-    assert stages[3][1]["seeds_1_judge_test_0.01"][2:14] == tuple(seeds.model_of(name, 1) for name in seeds.POLICIES)
+    assert stages[3][1]["seeds_1_judge_test_0.01"][2:16] == tuple(seeds.model_of(name, 1) for name in seeds.POLICIES)
     assert "--dpo-path models/seeds_2/dpo" in " ".join(map(str, seeds.command("rto", 2)))
     names = [relatives.name_of(*run) for run in every] + [relatives.model_of(*run) for run in every]
     assert len(set(names)) == len(names)
@@ -305,6 +305,7 @@ def start_relatives(cwd, _):
         ("xpo", "xpo.py --beta 0.1 --alpha 0.01 --alpha-rounds 1000000"),
         ("rto", "rto.py --dpo-path models/relatives_dpo_1 --kl-coef 0.01"),
         ("dpo_ln", "dpo_ln.py --dataset runs/true_reward_data/pairs"),
+        ("offline", "online_dpo.py --preference-dataset runs/true_reward_data/pairs --total-episodes 0 --beta 0.1"),
     ):
         found = " ".join(map(str, relatives.command(method, 1)))
         script, *flags = wanted.split(" --")
@@ -316,6 +317,9 @@ def start_relatives(cwd, _):
 
     lines = [{"time/rollout": 2, "time/tokens_per_second": 50, "time/score": 1}, {"time/optimise": 4}, {"eval/x": 1}]
     keep("seeds_1_ppo/metrics.jsonl", "\n".join(map(json.dumps, lines)))
+    line = {"eta": 0.1, "accept/rate": 0.5, "accept/effective": 3, "accept/score": 0.4, "accept/control": 0.1}
+    lines = [{"step": 1, "pairs/used": n} | line for n in (4, 5)] + [{"step": 2, "pairs/used": 9} | line]
+    keep("seeds_1_rso/metrics.jsonl", "\n".join(map(json.dumps, [{"eval/x": 1}, *lines])))
     row = dict.fromkeys(("win_rate", "rubric", "score", "kl", "length", "eos"), 0.5)
     with mock.patch.object(relatives, "ROOT", cwd), mock.patch.object(seeds, "ROOT", cwd):
         assert relatives.spent("seeds_1_ppo") == {"tokens": 100, "seconds": 7}
@@ -329,6 +333,10 @@ def start_relatives(cwd, _):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         relatives.print_tables(records)
+    assert [step["pairs"] for x in records if x["method"] == "rso" and "steps" in x for step in x["steps"]] == [5, 9]
+    with contextlib.redirect_stdout(steps := io.StringIO()):
+        relatives.print_steps(records)
+    assert "| RSO | 2 | 0.1 | 50.0 | 3.000 | 0.400 | 0.100 | 9.0 |" in steps.getvalue()
     assert "| PPO | 0.500 | 0.500 | 50.0 | 50.0 | 0.500 | 0.500 | 0.5 | 50.0 | 100 | 7 |" in out.getvalue()
     assert out.getvalue().count("| RTO | +0.000 ± nan | +0.000 ± nan |") == 2
 
@@ -359,10 +367,10 @@ def start_coverage(*_):
     """Every run once, with flags that its script knows; the tables and the figure."""
     coverage, plot = module("coverage.py"), module("plot.py")
     runs = [*coverage.coverage_runs((1, 2)), *coverage.sweep_runs((1, 2))]
-    assert len({name for name, *_ in runs}) == len(runs) == 2 * (6 + 30)
+    assert len({name for name, *_ in runs}) == len(runs) == 2 * (8 + 30)
     assert all(knows(command) for *_, command in runs)
     commands = {name: " ".join(map(str, command)) for name, _, command in runs}
-    assert "--beta 0.1 --alpha 0.01 --alpha-rounds 1000000" in commands["coverage_8_xpo_1"]
+    assert "--beta 0.1 --alpha 0.01 --alpha-rounds 1000000" in commands["coverage_8_0.3_xpo_1"]
     assert "--alpha" not in commands["xpo_tldr_2.0_paper_1"] and "--beta 2.0" in commands["xpo_tldr_2.0_paper_1"]
     records = []
     for _, what, _ in runs:
@@ -372,12 +380,12 @@ def start_coverage(*_):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         coverage.print_tables(records)
-    assert "| 8, 7e-05 | 0.38 (0.25 to 0.50) | 0.38 (0.25 to 0.50) |" in out.getvalue()
+    assert "| 8, 0.3^8 = 7e-05 | 0.38 (0.25 to 0.50) | 0.38 (0.25 to 0.50) |" in out.getvalue()
     assert out.getvalue().count("| 0.1 | 37.5 (25.0 to 50.0), 2.0 |") == 2
     figure = pytest.importorskip("matplotlib.figure").Figure()
     with mock.patch.object(plot, "load", lambda _: records):
         plot.draw_coverage(figure)
-    assert [list(line.get_ydata()) for line in figure.axes[2].lines] == [[0, 0.1875, 0.375]] * 2
+    assert [list(line.get_ydata()) for line in figure.axes[3].lines] == [[0, 0.1875, 0.375]] * 2
 
 
 def start_failures(*_):

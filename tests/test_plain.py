@@ -127,4 +127,4 @@ def test_the_command_writes_the_copy():
     stdout = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert stdout == one_file(str(ROOT / "drpo.py"))
     lines = len(stdout.splitlines())
-    assert f"or {lines} lines that need nothing else" in (ROOT / "README.md").read_text()
+    assert f"or one file of {lines} lines" in (ROOT / "README.md").read_text()
