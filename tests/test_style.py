@@ -203,6 +203,9 @@ def test_readme_says_how_much_is_changed():
     said = re.findall(r"^\| \[(\w+\.py)\].* \| \[?(\w+\.py)\]?, (\d+) changed lines", text, re.MULTILINE)
     assert said == [(name, FAMILY[name][0], str(changed_lines(name))) for name, *_ in said]
     assert {name for name, *_ in said} == FAMILY.keys()
+    tree = text[text.index("    sft.py: where") : text.index("| script | lines")]
+    assert sorted(re.findall(r"─ (\d+) lines ─+ (\w+\.py)", tree)) == sorted((n, name) for name, _, n in said)
+    assert set(re.findall(r"\w+\.py", tree)) == CAPS.keys() - {"judge.py"}
     first = re.findall(r"`diff (\w+\.py) (\w+\.py)`.{,30}\((\d+) changed lines\)", text)
     assert first and all(FAMILY[child][0] == parent and int(n) == changed_lines(child) for parent, child, n in first)
 
