@@ -3,7 +3,7 @@
     python benchmark/frontier.py          # 5 seeds x 2 methods x 6 KL coefficients; goes on where it was stopped
     python benchmark/plot.py frontier     # the figure, from frontier.json
 
-70 minutes on two cores after benchmark/seeds.py and failures.py, whose runs are among these. Every run starts from its seed's SFT
+65 minutes on two cores after benchmark/seeds.py and failures.py, whose runs are among these. Every run starts from its seed's SFT
 policy and reward model (made if missing) and is evaluated along training on validation posts and at its end on 400 test posts, at
 temperature 1.
 
