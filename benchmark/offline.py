@@ -1,6 +1,6 @@
 """What samples nothing: DPO and LN-DPO against beta, ExPO against alpha, on the TL;DR task.
 
-    python benchmark/offline.py                # 3 seeds; goes on where it was stopped, writes offline.json
+    python benchmark/offline.py                # 3 seeds, 18 minutes on two cores; writes offline.json
     python benchmark/offline.py --table        # only print the tables of offline.json
 
 All start from a seed's SFT policy of benchmark/seeds.py (made if missing) and read the same 4,000 pairs. ExPO goes on through DPO on
