@@ -103,7 +103,9 @@ class Args:
 
 
 PAPER = [f"models/{name}" for name in ("sft", "dpo", "ppo", "drpo")]
-RELATIVES = [f"models/{name}" for name in ("dpo_ln", "expo/alpha_0.3", "online_dpo", "xpo", "rejection_sampling", "rto")]
+RELATIVES = [
+    f"models/{name}" for name in ("dpo_ln", "expo/alpha_0.3", "online_dpo", "xpo", "rejection_sampling", "rto")
+]
 
 
 # rollout

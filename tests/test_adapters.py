@@ -140,7 +140,7 @@ def flags_of_new_pairs(models):
     }
 
 
-@pytest.mark.parametrize("name", slow_for({*SCRIPTS} - {"reward_model", "drpo"}, SCRIPTS))
+@pytest.mark.parametrize("name", slow_for({*SCRIPTS} - {"drpo"}, SCRIPTS))
 def test_every_script_trains_adapters(name, models, tmp_path):
     pairs, steps = ("--dataset", models.preference, "--sft-path", models.sft), ("--num-epochs", 1, "--batch-size", 64)
     rl = ("--total-episodes", 48, "--batch-size", 16, "--minibatch-size", 16, "--eval-every", 3, "--eval-rows", 32)
@@ -172,7 +172,7 @@ def test_without_peft_the_error_says_what_to_install(models, tmp_path, monkeypat
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", slow_for({*SCRIPTS} - {"reward_model", "drpo"}, SCRIPTS))
+@pytest.mark.parametrize("name", slow_for({*SCRIPTS} - {"drpo"}, SCRIPTS))
 def test_the_numbers_at_the_end_are_those_of_the_saved_folder(name, models, tmp_path):
     """In bfloat16 with adapters: the same script starts again from the folder, and says the same before its first step."""
     pairs = ("--dataset", models.preference, "--num-epochs", 1, "--batch-size", 64)

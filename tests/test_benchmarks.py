@@ -711,7 +711,7 @@ def test_rollout_needs_matplotlib(tmp_path):
     assert (done.returncode, done.stderr) == (2, "error: the picture needs matplotlib: pip install matplotlib\n")
 
 
-@pytest.mark.parametrize("name", slow_for(("rollout.py",), SCRIPTS))
+@pytest.mark.parametrize("name", slow_for(("rollout.py", "processes.py", "speed.py"), SCRIPTS))
 def test_starts(name, tmp_path, random_models):
     start = globals().get(f"start_{name.removesuffix('.py')}")
     assert start, f"benchmark/{name} needs a start_{name.removesuffix('.py')} here"

@@ -1066,6 +1066,7 @@ def test_the_limit_of_requests(tmp_path, capsys):
 
 
 # Ctrl-C in a process of its own
+@pytest.mark.slow
 def test_ctrl_c_does_not_wait_for_a_server_that_drips(setup, first, cache):
     def answer(request):
         return honest(request) if len(server.requests) <= 20 else slow(verdict("B"), drip="body")

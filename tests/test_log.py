@@ -113,6 +113,7 @@ def test_tensorboard_gets_numbers_texts_and_flags(rl):
     ]
 
 
+@pytest.mark.slow
 def test_weights_and_biases_without_network(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import ROOT, signals_as_they_were
+from conftest import ROOT, signals_as_they_were, slow_for
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from test_errors import BASE, fails, save_random
@@ -208,8 +208,9 @@ def test_logits_are_those_of_the_model(config):
             assert generated[row, t] == tokens[-1]
 
 
-@pytest.mark.parametrize("config", NOT_READ.values(), ids=NOT_READ)
-def test_what_cannot_be_read_is_refused(config, capsys):
+@pytest.mark.parametrize("name", slow_for(("falcon_h1",), NOT_READ))
+def test_what_cannot_be_read_is_refused(name, capsys):
+    config = NOT_READ[name]
     model = random_of(config)
     message = f"folder: {type(model).__name__} cannot be read as a decoder: "
     fails(capsys, message, models.check_reading, model, "folder")

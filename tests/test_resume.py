@@ -329,6 +329,7 @@ def test_a_name_that_another_took_meanwhile(take, folder, capsys):
     assert {path.name for path in (folder / "runs/taken").iterdir()} <= {".lock"}
 
 
+@pytest.mark.slow
 def test_a_name_belongs_to_one_process(folder):
     good("--run-name", "whole", "--wait", 0.1)
     both = [start(TOY, "--run-name", "twice", "--wait", 0.1) for _ in range(2)]
@@ -354,7 +355,7 @@ def test_nobody_resumes_a_run_that_is_running(folder):
 
 
 # signals
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_a_run_after_its_update(folder, number):
     good("--run-name", "whole")
     process = start(TOY, "--run-name", "stopped", "--wait", 0.2)

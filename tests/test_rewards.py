@@ -353,6 +353,7 @@ def written_in_docs(name, folder):
     return rule(folder, re.sub("^    ", "", block[0], flags=re.MULTILINE), name)
 
 
+@pytest.mark.slow
 def test_the_page_s_model_with_another_tokenizer(models, tmp_path, monkeypatch):
     """A random GPT-2 that reads words, of which the policy's tokenizer knows nothing."""
     words = sorted({word for row in read_rows(models.reference / "train.jsonl") for word in row["prompt"].split()})
