@@ -1,6 +1,6 @@
 """What each deviation from the official code costs or gains: DR-PO with one of them switched back at a time, on both tasks.
 
-    python benchmark/deviations.py          # 3 seeds, 40 minutes on two cores after seeds.py; goes on where it was stopped
+    python benchmark/deviations.py          # 3 seeds, some 40 minutes on two cores after seeds.py; goes on where it was stopped
     python benchmark/deviations.py --table  # only print the tables of deviations.json
 
 Each is a diff in benchmark/deviations/, of at most 15 changed lines (`all`: 29), applied to a copy of drpo.py. Official

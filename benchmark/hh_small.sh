@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole chain on real dialogues (Anthropic HH) with a small model from scratch: does everything hold on real data?
 # It is no quality result: 3.4 million random weights learn little from 1,300 dialogues.
-#   benchmark/hh_small.sh [DATASET]      a folder or hub name: Anthropic/hh-rlhf, or rows of its form
+#   benchmark/hh_small.sh DATASET      a folder or hub name: Anthropic/hh-rlhf, or rows of its form
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:?which dataset? for example Anthropic/hh-rlhf}

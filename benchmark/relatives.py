@@ -114,6 +114,7 @@ def print_tables(records):
     for task in TASKS:
         part = [run for run in records if run["task"] == task]
         seeds = sorted({run["seed"] for run in part})
+        known = {name: title for name, (title, *_) in POLICIES.items() if any(run["method"] == name for run in part)}
         print(f"\n{task}, seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds\n")
         quality = "rubric" if task == "tldr" else "right copies"
         columns = [("1.0", "rubric"), ("0.01", "rubric"), *((t, "win_rate") for t in TEMPERATURES if task == "tldr")]
@@ -121,7 +122,7 @@ def print_tables(records):
         titles = [f"{key.replace('rubric', quality).replace('_', ' ')}, T {float(t):g}" for t, key in columns]
         print("| | " + " | ".join([*titles, "sampled tokens", "seconds"]) + " |")
         print("|---" * (len(columns) + 3) + "|")
-        for method, (title, *_) in POLICIES.items():
+        for method, title in known.items():
             runs = [run for run in part if run["method"] == method]
             cells = [cell(key, [run[temperature][key] for run in runs]) for temperature, key in columns]
             for key in ("tokens", "seconds"):
@@ -134,7 +135,7 @@ def print_tables(records):
             + " |\n|---|---|---|"
         )
         ppo = [run for run in part if run["method"] == "ppo"]
-        for method, (title, *_) in POLICIES.items():
+        for method, title in known.items():
             runs, cells = [run for run in part if run["method"] == method], []
             for temperature, key in columns[:2]:
                 pairs = zip(runs, ppo)

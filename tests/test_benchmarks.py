@@ -333,6 +333,9 @@ def start_relatives(cwd, _):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         relatives.print_tables(records)
+    with contextlib.redirect_stdout(fewer := io.StringIO()):  # a JSON of before a method was there
+        relatives.print_tables([x for x in records if x["method"] != "hybrid"])
+    assert "hybrid" in out.getvalue() and "hybrid" not in fewer.getvalue()
     assert [step["pairs"] for x in records if x["method"] == "rso" and "steps" in x for step in x["steps"]] == [5, 9]
     with contextlib.redirect_stdout(steps := io.StringIO()):
         relatives.print_steps(records)
