@@ -14,6 +14,7 @@ ExPO = arXiv:2404.16792. "Official code" is chujiezheng/LLM-Extrapolation at 04e
 """
 
 import math
+import os
 import shlex
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -50,7 +51,7 @@ def layout(policy):
 
 def extrapolate(aligned, sft, alpha):
     """theta_1 + alpha (theta_1 - theta_0) of one tensor in both policies, any shape; for alpha 0 theta_1 bit for bit."""
-    return aligned + alpha * (aligned - sft)
+    return aligned + alpha * (aligned - sft) if alpha else aligned
 
 
 if __name__ == "__main__":
@@ -60,7 +61,7 @@ if __name__ == "__main__":
         fail(f"--alphas needs at least one number, all of them finite, not {args.alphas}")
     if args.aligned_path == Args.aligned_path and args.sft_path != Args.sft_path:
         fail("--sft-path needs --aligned-path beside it: a policy that was trained from there")
-    if args.sweep_dir in (args.sft_path, args.aligned_path):
+    if os.path.realpath(args.sweep_dir) in map(os.path.realpath, (args.sft_path, args.aligned_path)):
         fail(f"--sweep-dir {args.sweep_dir} is one of the two policies")
     start_processes(args)
 
@@ -86,6 +87,8 @@ if __name__ == "__main__":
     for alpha, folder in zip(alphas, folders):
         for name, parameter in policy.named_parameters():
             parameter.data = extrapolate(aligned[name], sft[name], alpha)
+            if not parameter.isfinite().all():
+                fail(f"--alphas {alpha} goes too far: {name} is not finite; {folder} is not written")
         save_model(folder, policy, tokenizer)
 
     # 3 choose among them on validation prompts, since alpha is fitted to what it is chosen by

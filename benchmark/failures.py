@@ -1,10 +1,12 @@
 """Runs with one thing wrong, to be recognised by their curves; docs/curves.md shows them beside healthy ones.
 
-    python benchmark/failures.py          # 3 seeds; goes on where it was stopped, writes failures.json
+    python benchmark/failures.py          # 3 seeds, 27 minutes on two cores after seeds.py; goes on where it was stopped
+    python benchmark/failures.py --table  # only print the table of failures.json
     python benchmark/plot.py failures     # the figure
 
 On the TL;DR task, ppo.py from every seed's SFT policy and reward model of benchmark/seeds.py (made if missing). The last one
-needs another task: a list of one digit without a letter, of which beta = 1 trains the end alone.
+needs another task: a list of one digit without a letter, of which beta = 1 trains the end alone. Two do not fail, and are not in the
+figure: short responses that are punished for having no EOS, and a learning rate ten times the default.
 """
 
 import json
@@ -24,6 +26,8 @@ FAILURES = {
     "reward model at chance": [],
     "one token, β = 1": ["--beta", 1],
     "one token, β = 0.5": ["--beta", 0.5],
+    "no EOS, at the default score of -1": ["--response-length", 12],
+    "learning rate ten times the default": ["--learning-rate", 3e-3],
 }
 
 
@@ -62,14 +66,15 @@ def command(failure, seed):
 
 def print_table(records):
     print(
-        "\non held-out prompts at the end, temperature 1, mean over seeds\n\n| | rubric | score | KL | length | EOS |\n"
-        + "|---" * 6
+        "\non held-out prompts at the end, temperature 1, mean over seeds\n\n"
+        + "| | win rate | rubric | score | KL | length | EOS |\n"
+        + "|---" * 7
         + "|"
     )
     for failure in FAILURES:
         part = [run["test"] for run in records if run["failure"] == failure]
         cells = []
-        for key in ("rubric", "score", "kl", "length", "eos"):
+        for key in ("win_rate", "rubric", "score", "kl", "length", "eos"):
             found = [test[key] for test in part if key in test]
             cells.append(f"{sum(found) / len(found):.3f}" if found else "")
         print(f"| {failure} | " + " | ".join(cells) + " |")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark.seeds import cell, extrapolate, interval, model_of, result, start_of, train
-from benchmark.sweep import ROOT, arguments, sweep, write
+from benchmark.sweep import ROOT, arguments, curves, sweep, write
 
 OUT = ROOT / "benchmark/offline.json"
 TEMPERATURES = ("1.0", "0.01")
@@ -85,6 +85,8 @@ def records(seed):
             row = result(judged(seed, temperature))[folder]
             keys = ("win_rate", "length_matched", "rubric", "kl", "length", "eos")
             found[temperature] = {key: row[key] if row[key] is None else round(row[key], 4) for key in keys}
+        if method in BETAS:
+            found["accuracy"] = curves(name_of(method, value, seed))["accuracy"][-1]
         yield found
 
 
@@ -92,10 +94,11 @@ def table(found):
     """Markdown, a row for each method and beta or alpha."""
     columns = [("0.01", "win_rate"), ("1.0", "win_rate"), ("0.01", "rubric"), ("1.0", "rubric")]
     columns += [("1.0", "kl"), ("1.0", "length"), ("1.0", "eos")]
-    lines = ["| | | " + " | ".join(f"{key.replace('_', ' ')}, T {float(t):g}" for t, key in columns) + " |"]
-    lines.append("|---" * (len(columns) + 2) + "|")
+    titles = [f"{key.replace('_', ' ')}, T {float(t):g}" for t, key in columns]
+    lines = ["| | | validation accuracy | " + " | ".join(titles) + " |", "|---" * (len(columns) + 3) + "|"]
     for (method, value), part in found.items():
         cells = [cell(key, [run[temperature][key] for run in part]) for temperature, key in columns]
+        cells.insert(0, cell("accuracy", [run["accuracy"] for run in part]) if method in BETAS else "")
         lines.append(f"| {method} | {'' if value is None else value} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -119,14 +122,19 @@ if __name__ == "__main__":
     )
     print("mean ± standard deviation over seeds\n")
     print(table(rows))
-    print("\nLN-DPO minus DPO at a twentieth of its beta, within a seed, mean ± half of the 95% interval\n")
     print(
-        "| beta of LN-DPO | "
-        + " | ".join(f"win rate, points, T {float(t):g}" for t in TEMPERATURES)
-        + " |\n|---|---|---|"
+        "\nLN-DPO minus DPO at a twentieth of its beta, within a seed, mean ± half of the 95% interval; wins in points\n"
     )
+    columns = [(t, key) for key in ("win_rate", "length_matched", "rubric") for t in ("0.01", "1.0")]
+    titles = " | ".join(f"{key.replace('_', ' ')}, T {float(t):g}" for t, key in columns)
+    print(f"| beta of LN-DPO | {titles} |\n" + "|---" * (len(columns) + 1) + "|")
     for beta in BETAS["dpo_ln"]:
-        pair = rows["dpo_ln", beta], rows.get(("dpo", beta / 20))
-        if pair[1]:
-            found = [[100 * (a[t]["win_rate"] - b[t]["win_rate"]) for a, b in zip(*pair)] for t in TEMPERATURES]
-            print(f"| {beta:g} | " + " | ".join("{:+.1f} ± {:.1f}".format(*interval(x)) for x in found) + " |")
+        others = {run["seed"]: run for run in rows.get(("dpo", beta / 20), ())}
+        cells = []
+        for t, key in columns if others else ():
+            middle, half = interval([run[t][key] - others[run["seed"]][t][key] for run in rows["dpo_ln", beta]])
+            cells.append(
+                f"{middle:+.3f} ± {half:.3f}" if key == "rubric" else f"{100 * middle:+.1f} ± {100 * half:.1f}"
+            )
+        if cells:
+            print(f"| {beta:g} | " + " | ".join(cells) + " |")

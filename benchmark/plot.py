@@ -31,7 +31,7 @@ def draw_separation(figure):
     speed, end = figure.subplots(1, 2)
     series = [(label(beta), {n: of(runs, length=n, beta=beta, **USUAL) for n in LENGTHS}) for beta in STYLES]
     series += [
-        ("PPO, no KL penalty, up to 20,480 episodes", {n: of(runs, length=n, beta=0, kl_coef=0) for n, *_ in WALL})
+        ("PPO, no KL penalty, 3 seeds, up to 20,480", {n: of(runs, length=n, beta=0, kl_coef=0) for n, *_ in WALL})
     ]
     for row, ((name, parts), (color, marker, line)) in enumerate(zip(series, [*STYLES.values(), ("black", "x", "-")])):
         style = {"color": color, "marker": marker, "ls": line, "ms": 6, "label": name, "capsize": 3}
@@ -39,17 +39,23 @@ def draw_separation(figure):
         draw(speed, {n: found for n, found in times.items() if None not in found}, style)
         if row < len(STYLES):
             draw(end, {n: [run["success"][-1] for run in part] for n, part in parts.items()}, style)
-        late = [n for n, found in times.items() if None in found]  # above the cap, a row for each series
-        speed.plot(late, [LONG * 1.25 ** (1 + row)] * len(late), marker=marker, color=color, ms=6, mfc="none", ls="")
-    laws = [(growth_alone(runs), range(4, 11), "× {:.1f}"), (growth_of(runs, 1), LENGTHS, "+ {:,.0f}")]
-    for (more, law), lengths, text in filter(lambda x: x[0], laws):
-        x = [n for n in lengths if law(n) < LONG]
-        speed.plot(x, [law(n) for n in x], color="0.3", lw=0.8, zorder=1)
-        text, at = f"{text.format(more)} for two digits more", {"x": x[-1], "y": law(x[-1]) * 0.72}
-        speed.text(s=text, ha="right" if x[-1] == 12 else "left", va="top", fontsize=8, color="0.3", **at)
-    note = {"x": LENGTHS[-1], "ha": "right", "fontsize": 8, "color": "0.3"}
-    speed.axhline(LONG * 1.1, color="0.5", lw=0.8)
-    speed.text(y=LONG * 1.02, va="top", s="above the line: not by every seed", **note)
+        late = [n for n, found in times.items() if None in found]  # above their cap, a row for each series
+        height = EPISODES * 1.25 ** (1 + row) if row < len(STYLES) else LONG * 1.25
+        speed.plot(late, [height] * len(late), marker=marker, color=color, ms=6, mfc="none", ls="")
+    alone, one = growth_alone(runs), growth_of(runs, 1)
+    for found, lengths, text, at in (
+        (alone, range(4, 11), "× {:.1f}", {"x": 8.1, "y": 14_000, "ha": "left"}),
+        (one, LENGTHS, "+ {:,.0f}", {"x": 12, "y": 1_150, "ha": "right"}),
+    ):
+        if found:
+            more, law = found
+            x = [n for n in lengths if law(n) < LONG]
+            speed.plot(x, [law(n) for n in x], color="0.3", lw=0.8, zorder=1)
+            speed.text(s=f"{text.format(more)} for two digits more", fontsize=8, color="0.3", **at)
+    for cap, which in ((EPISODES, ""), (LONG, "×: ")):
+        speed.axhline(cap * 1.05, color="0.5", lw=0.8, ls=":")
+        note = f"{which}not by every seed within {cap:,}"
+        speed.text(LENGTHS[-1], cap, note, ha="right", va="top", fontsize=8, color="0.3")
     speed.set(yscale="log", xlabel="digits to copy", ylabel="episodes until half of held-out lists are right")
     end.plot(LENGTHS, [0.3**n for n in LENGTHS], color="0.5", lw=1, ls=(0, (1, 1)))
     end.set(xlabel="digits to copy", ylabel=f"held-out lists right after {EPISODES:,} episodes", ylim=(-0.03, 1.03))
@@ -85,8 +91,9 @@ def group(records, *keys):
 
 
 def draw_band(axes, runs, key, style):
-    """Mean over seeds along training, and the range as a band."""
-    at, rows = runs[0]["at"], list(zip(*(run[key] for run in runs)))
+    """Mean over seeds along training, and the range as a band; of several looks after as many episodes the last."""
+    points = dict(zip(runs[0]["at"], zip(*(run[key] for run in runs))))
+    at, rows = [*points], [*points.values()]
     axes.plot(at, [mean(row) for row in rows], **style)
     axes.fill_between(
         at, [min(row) for row in rows], [max(row) for row in rows], color=style["color"], alpha=0.15, lw=0
@@ -111,22 +118,27 @@ def draw_frontier(figure):
                 x, y = ([run["test"][name] for run in part] for name in ("kl", key))
                 axes.plot(x, y, **style | {"ls": ""}, ms=3, alpha=0.4)
                 if method == "ppo":
-                    axes.annotate(
-                        f"{kl_coef:g}", (mean(x), mean(y)), xytext=(2, 6), textcoords="offset points", fontsize=8
-                    )
+                    left = axes is score or kl_coef == max(parts)[0]
+                    where = {"xytext": (-6, 2) if left else (5, 4), "ha": "right" if left else "left"}
+                    point = (mean(x), mean(y))
+                    axes.annotate(f"{kl_coef:g}", point, textcoords="offset points", fontsize=8, **where)
             middle = [[mean(run["test"][name] for run in part) for part in parts.values()] for name in ("kl", key)]
             axes.plot(*middle, **style, ms=6, label=label)
         free = parts[(0,)]
         for key, fill in (("rubric", style["color"]), ("score", "none")):
+            for run in free:
+                training.plot(run["kl"], run[key], color=style["color"], lw=0.6, alpha=0.3)
             x, y = ([mean(row) for row in zip(*(run[name] for run in free))] for name in ("kl", key))
             training.plot(x, y, **style, ms=4, mfc=fill, label=f"{label}: {key}")
     sft = mean(run["sft"] for run in records)
     rubric.plot(0, sft, color="0.4", marker="*", ls="", ms=9, label="SFT")
-    rubric.set(xlabel=KL_LABEL, ylabel="rubric, test posts", title="at the end, KL coefficients beside PPO's points")
+    rubric.set(
+        xlabel=KL_LABEL, ylabel="rubric, test posts", title="at the end; numbers: PPO's KL coefficient; small: one run"
+    )
     score.set(
         xlabel=KL_LABEL, ylabel="reward-model score, test posts", title="what the reward model says of the same runs"
     )
-    training.set(xlabel=KL_LABEL, ylabel="validation posts", title="along training without KL penalty")
+    training.set(xlabel=KL_LABEL, ylabel="validation posts", title="along training without KL penalty; thin: one run")
     finish(rubric, score, training)
 
 
@@ -137,14 +149,11 @@ def draw_beta(figure):
     for seed_runs in group(records, "seed").values():
         win.plot([r["beta"] for r in seed_runs], [100 * r["test"]["win_rate"] for r in seed_runs], color="0.8", lw=1)
     parts = {beta: [100 * run["test"]["win_rate"] for run in part] for (beta,), part in group(records, "beta").items()}
-    draw(win, parts, PPO | {"ms": 6, "capsize": 3, "label": "mean and range; grey: one seed"})
+    style = {"color": "black", "marker": "s", "ls": "-", "ms": 5, "capsize": 3, "label": "mean and range"}
+    draw(win, parts, style | {"label": "mean and range; grey: one seed"})
     win.set(xlabel="β", ylabel="win rate on test posts, %", title="TL;DR: every fact pays by itself")
     parts = {beta: of(json.loads(OUT.read_text()), length=8, beta=beta, **USUAL) for beta in STYLES}
-    draw(
-        lists,
-        {b: [100 * run["success"][-1] for run in part] for b, part in parts.items()},
-        DRPO | {"ms": 6, "capsize": 3},
-    )
+    draw(lists, {b: [100 * run["success"][-1] for run in part] for b, part in parts.items()}, style)
     lists.set(xlabel="β", ylabel="lists of 8 digits right at the end, %", title="transcription: the whole copy pays")
     finish(win, lists)
 
@@ -179,8 +188,8 @@ def draw_curves(figure):
     above = {"loss": ("sft.py: loss", {"sft": ("SFT", PPO)})}
     above |= {"accuracy": ("reward_model.py: accuracy", {"reward": ("reward model", PPO)})}
     above |= {
-        "accuracy ": ("accuracy of pairs", pairs),
-        "logprobs/chosen": ("dpo.py: logprobs/chosen", {"dpo": pairs["dpo"]}),
+        "accuracy ": ("DPO: accuracy of pairs", pairs),
+        "logprobs/chosen": ("DPO: logprobs/chosen", {"dpo": pairs["dpo"]}),
     }
     rows = [
         above,
@@ -203,11 +212,11 @@ def draw_failures(figure):
     parts = {name: part for (name,), part in group(load("failures"), "failure").items()}
     healthy = [run for run in load("curves") if run["run"] == "ppo"]
     panels = figure.subplots(2, 3).flat
-    looks = [("tab:red", "^", "-."), ("tab:blue", "s", "--"), ("0.4", "D", ":"), ("tab:green", "v", (0, (5, 1)))]
+    looks = [("tab:red", "^", "-."), ("tab:blue", "s", "--"), ("0.65", "D", ":"), ("tab:olive", "v", (0, (5, 1)))]
     for axes, (key, title) in zip(panels, (RL_PANELS | {"eos": "share with an EOS"}).items()):
         draw_band(axes, healthy, key, PPO | {"ms": 3, "label": "healthy"})
         for (name, part), (color, marker, line) in zip(parts.items(), looks):
-            style = {"color": color, "marker": marker, "ls": line, "ms": 4, "label": name}
+            style = {"color": color, "marker": marker, "ls": line, "ms": 5, "label": name}
             if "learning rate" in name:  # all or nothing by seed: a band would cover the panel
                 for run in part:
                     axes.plot(run["at"], run[key], **style | {"label": name if run is part[0] else None})
@@ -216,7 +225,7 @@ def draw_failures(figure):
         axes.set(xlabel="episodes", title=title)
     panels[2].set_yscale("symlog", linthresh=1)
     finish(*panels[:5], legend=False)
-    panels[0].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=5)
     for name, style in (("one token, β = 1", DRPO), ("one token, β = 0.5", METHODS["drpo_0.5"][1])):
         draw_band(panels[5], parts[name], "score", style | {"ms": 4, "label": name})
     panels[5].set(xlabel="episodes", title="share of right answers", ylim=(-0.03, 1.03))
@@ -227,6 +236,7 @@ def draw_coverage(figure):
     """Right copies against sampled answers, a panel for every kind of list; means and ranges over seeds."""
     records = [run for run in load("coverage") if run["part"] == "coverage"]
     looks = {"online_dpo": ("online DPO", PPO), "xpo": ("XPO, α = 0.01 throughout", DRPO)}
+    looks["xpo_reference"] = ("the same, second sample from SFT", METHODS["drpo_0.5"][1])
     parts = group(records, "length", "right")
     panels = figure.subplots(1, len(parts), sharey=True)
     for axes, ((n, right), part) in zip(panels, parts.items()):
@@ -234,7 +244,7 @@ def draw_coverage(figure):
             label, style = looks[method]
             draw_band(axes, runs, "success", style | {"ms": 5, "label": label})
         axes.set(xlabel="sampled answers", title=f"{n} digits, {right}^{n} = {right**n:.1g}", ylim=(-0.03, 1.03))
-    panels[0].set(ylabel="held-out lists copied right")
+    panels[0].set(ylabel="validation lists copied right")
     finish(*panels)
 
 

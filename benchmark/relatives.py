@@ -5,8 +5,10 @@
 
 TL;DR: what `python benchmark/seeds.py --relatives all` trains and judges (made if missing). Transcription, 8 digits: the reward is the rule, the
 pairs of DPO are a right copy and what a writer made of the same list, the reward model is fitted to these pairs and only shown.
-Whoever samples does so 5,120 times (rejection sampling 5,112). DPO, LN-DPO and ExPO sample nothing, they read 4,000 pairs. On the lists
-not all have seen the same: DPO's pairs, and with them ExPO and RTO, and DR-PO's resets know right copies; the others are told by the reward alone.
+Whoever samples does so 5,120 times (rejection sampling 5,112). DPO, LN-DPO, ExPO and offline sample nothing, they read 4,000 pairs. On
+the lists not all have seen the same: DPO's pairs, and with them ExPO, RTO, hybrid and offline, and DR-PO's resets know right copies;
+the others are told by the reward alone. Updates, each of 64 rows: DPO and LN-DPO 62, online DPO, XPO and offline 80, hybrid 96, rejection sampling
+120, PPO, RTO and DR-PO 320. RTO's seconds leave out its DPO policy.
 What is not a default there: LISTS.
 """
 
@@ -134,12 +136,11 @@ def print_tables(records):
             + " | ".join(titles[:2])
             + " |\n|---|---|---|"
         )
-        ppo = [run for run in part if run["method"] == "ppo"]
+        ppo = {run["seed"]: run for run in part if run["method"] == "ppo"}
         for method, title in known.items():
             runs, cells = [run for run in part if run["method"] == method], []
             for temperature, key in columns[:2]:
-                pairs = zip(runs, ppo)
-                found = [run[temperature][key] - other[temperature][key] for run, other in pairs]
+                found = [run[temperature][key] - ppo[run["seed"]][temperature][key] for run in runs]
                 cells.append("{:+.3f} ± {:.3f}".format(*interval(found)))
             if method != "ppo":
                 print(f"| {title} | " + " | ".join(cells) + " |")

@@ -209,10 +209,10 @@ class Run:
         if all(torch.as_tensor(x).isfinite().all() for x in found.values()):
             return
         by_row = [x.isfinite().view(len(x), -1).all(1) for x in found.values() if torch.is_tensor(x) and x.ndim]
-        rows = rows[~torch.stack(by_row).all(0).cpu()] if by_row else rows
+        rows = sorted(set((rows[~torch.stack(by_row).all(0).cpu()] if by_row else rows).tolist()))
         found |= {f"gradient of {name}": p.grad for name, p in self.parameters.items() if p.grad is not None}
         names = [name for name, value in found.items() if not torch.as_tensor(value).isfinite().all()]
-        rows = ", ".join(map(str, sorted(rows.tolist())[:5])) + f" and {len(rows) - 5} more" * (len(rows) > 5)
+        rows = ", ".join(map(str, rows[:5])) + f" and {len(rows) - 5} more" * (len(rows) > 5)
         rows = f"; rows {rows} of --train-split" * bool(rows)
         fail(f"update {self.update}: not finite: {', '.join(names[:5])}{rows}")
 

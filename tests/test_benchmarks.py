@@ -362,7 +362,12 @@ def start_offline(cwd, _):
         for temperature in offline.TEMPERATURES:
             (path := cwd / f"runs/{offline.judged(1, temperature)}/result.json").parent.mkdir(parents=True)
             path.write_text(json.dumps(dict.fromkeys(policies.values(), row)))
-        found = list(offline.records(1))
+        for name in offline.runs_of(1) | dict.fromkeys(("seeds_1_dpo", "seeds_1_dpo_ln")):
+            (path := cwd / f"runs/{name}/metrics.jsonl").parent.mkdir(parents=True)
+            path.write_text(json.dumps({"epoch": 1, "eval/accuracy": 0.75}) + "\n")
+        with mock.patch.object(sys.modules["benchmark.sweep"], "ROOT", cwd):
+            found = list(offline.records(1))
+    assert [run["accuracy"] for run in found if run["method"] in offline.BETAS] == [0.75] * 10
     assert offline.table({(run["method"], run["value"]): [run] for run in found}).count("50.0 | 50.0 | 0.500") == 24
 
 
@@ -370,11 +375,16 @@ def start_coverage(*_):
     """Every run once, with flags that its script knows; the tables and the figure."""
     coverage, plot = module("coverage.py"), module("plot.py")
     runs = [*coverage.coverage_runs((1, 2)), *coverage.sweep_runs((1, 2))]
-    assert len({name for name, *_ in runs}) == len(runs) == 2 * (8 + 30)
+    assert len({name for name, *_ in runs}) == len(runs) == 2 * (8 + 1 + 15 + 21)
     assert all(knows(command) for *_, command in runs)
     commands = {name: " ".join(map(str, command)) for name, _, command in runs}
     assert "--beta 0.1 --alpha 0.01 --alpha-rounds 1000000" in commands["coverage_8_0.3_xpo_1"]
     assert "--alpha" not in commands["xpo_tldr_2.0_paper_1"] and "--beta 2.0" in commands["xpo_tldr_2.0_paper_1"]
+    assert "--alpha 0.01 --alpha-rounds 3 --total" in commands["xpo_lists_0.1_0.01_3_1"]
+    algorithm_1 = commands["coverage_6_0.3_xpo_reference_1"]
+    assert (
+        algorithm_1.startswith("xpo.py") and "--samples-per-prompt 2" in algorithm_1 and "--second-ref" in algorithm_1
+    )
     records = []
     for _, what, _ in runs:
         end = 0.5 if what["seed"] == 1 else 0.25
@@ -383,8 +393,8 @@ def start_coverage(*_):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         coverage.print_tables(records)
-    assert "| 8, 0.3^8 = 7e-05 | 0.38 (0.25 to 0.50) | 0.38 (0.25 to 0.50) |" in out.getvalue()
-    assert out.getvalue().count("| 0.1 | 37.5 (25.0 to 50.0), 2.0 |") == 2
+    assert "| 8, 0.3^8 = 7e-05 | 0.38 (0.25 to 0.50) | 0.38 (0.25 to 0.50) |  |" in out.getvalue()
+    assert out.getvalue().count("| 0.5 | 37.5 (25.0 to 50.0), 2.0 |") == 2
     figure = pytest.importorskip("matplotlib.figure").Figure()
     with mock.patch.object(plot, "load", lambda _: records):
         plot.draw_coverage(figure)
@@ -394,7 +404,7 @@ def start_coverage(*_):
 def start_failures(*_):
     failures = module("failures.py")
     scripts = [failures.command(name, 1)[0] for name in failures.FAILURES]
-    assert scripts == ["ppo.py"] * 4 + ["drpo.py"] * 2
+    assert scripts == ["ppo.py"] * 4 + ["drpo.py"] * 2 + ["ppo.py"] * 2
     assert "models/failures_1_chance" in failures.command("reward model at chance", 1)
 
 

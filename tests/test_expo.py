@@ -52,6 +52,8 @@ def test_the_formula():
         found = expo.extrapolate(aligned, sft, alpha)
         for x, one, zero in zip(found.flatten().tolist(), aligned.flatten().tolist(), sft.flatten().tolist()):
             assert x == pytest.approx((1 + alpha) * one - alpha * zero, rel=1e-12, abs=1e-12)
+    odd = torch.tensor([-0.0, 3e38]), torch.tensor([0.0, -3e38])  # a sign that a sum loses, a difference that overflows
+    assert expo.extrapolate(*odd, 0.0).numpy().tobytes() == odd[0].numpy().tobytes()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 8.0])
@@ -150,10 +152,16 @@ def test_alphas_that_make_no_sense(alphas, culprit, models, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_alpha_that_overflows_writes_nothing(pair, tmp_path):
+    paths = ("--sft-path", pair[0], "--aligned-path", pair[1], "--sweep-dir", "out")
+    script_fails("--alphas 1e+39 goes too far", "expo.py", *paths, "--alphas", "1e39", cwd=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_belongs_together_is_named_together(models, tmp_path):
     script_fails("--sft-path needs --aligned-path", "expo.py", "--sft-path", models.sft, cwd=tmp_path)
-    paths = ("--sft-path", models.sft, "--aligned-path", "out", "--sweep-dir", "out")
-    script_fails("--sweep-dir out is one of the two policies", "expo.py", *paths, cwd=tmp_path)
+    paths = ("--sft-path", models.sft, "--aligned-path", "out", "--sweep-dir", "./out/")
+    script_fails("is one of the two policies", "expo.py", *paths, cwd=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -88,7 +88,7 @@ def test_a_score_that_is_not_finite_ends_the_run(script, models, tmp_path):
     rule = f"def score(prompt, *_):\n    return float('inf') if prompt == {prompt!r} else 1\n"
     (tmp_path / "rule.py").write_text(rule)
     done = run_here(script, *models.flags, "--eval-rows", 4, "--reward-path", "rule.py", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and f"update 1: not finite: scores; rows {row}" in done.stderr
+    assert done.returncode == 2 and f"update 1: not finite: scores; rows {row} of" in done.stderr
 
 
 def test_exploration_goes_on_where_the_reward_orders_nothing(models, tmp_path):
