@@ -1,6 +1,6 @@
 """What each deviation from the official code costs or gains: DR-PO with one of them switched back at a time, on both tasks.
 
-    python benchmark/deviations.py          # 3 seeds, some 40 minutes on two cores after seeds.py; goes on where it was stopped
+    python benchmark/deviations.py          # 3 seeds, 40 minutes on two cores after seeds.py; goes on where it was stopped
     python benchmark/deviations.py --table  # only print the tables of deviations.json
 
 Each is a diff in benchmark/deviations/, of at most 15 changed lines (`all`: 29), applied to a copy of drpo.py. Official
@@ -133,7 +133,7 @@ def table(task, records):
             middle, half = interval([own - other for own, other in pairs])
             itself = f"{mean(own for own, _ in pairs):.{digits}f}"
             cells.append(itself if deviation == OURS else f"{middle:+.{digits}f} ± {half:.{digits}f}")
-        cells += [cell_of(part)] * lists
+        cells += [cell_of(part)] if lists else []
         lines.append(f"| {'ours, itself' if deviation == OURS else deviation} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -528,6 +528,12 @@ def start_deviations(cwd, folder):
     lines = found.table(task, records).splitlines()
     assert lines[2].startswith("| ours, itself | 0.505 | 0.505 | 2.00 | 17.0 | 320 (320 to 320); 0.60 |")
     assert lines[3].startswith("| value_loss | +0.060 ± 0.254 |")  # +0.04 and +0.08
+    other = {"task": "tldr_mini", "test": dict.fromkeys(("rubric", "win_rate", "kl", "length"), 0.5)}
+    other = [{key: run[key] for key in ("deviation", "seed")} | other | {"cold": other["test"]} for run in records]
+    assert (
+        found.table("tldr_mini", other).splitlines()[-1]
+        == "| all" + " | +0.000 ± 0.000" * 4 + " | +0.00 ± 0.00 | +0.0 ± 0.0 |"
+    )
 
 
 def start_plot(cwd, _):
