@@ -235,8 +235,9 @@ def draw_failures(figure):
 def draw_coverage(figure):
     """Right copies against sampled answers, a panel for every kind of list; means and ranges over seeds."""
     records = [run for run in load("coverage") if run["part"] == "coverage"]
-    looks = {"online_dpo": ("online DPO", PPO), "xpo": ("XPO, α = 0.01 throughout", DRPO)}
-    looks["xpo_reference"] = ("the same, second sample from SFT", METHODS["drpo_0.5"][1])
+    looks = {"online_dpo": ("online DPO", PPO), "xpo": ("XPO, α = 0.01 to the end", DRPO)}
+    looks["xpo_falling"] = ("XPO, α to 0 in 5 rounds", METHODS["drpo_0.5"][1])
+    looks["xpo_reference"] = ("XPO, Algorithm 1", {"color": "0.6", "marker": "D", "ls": ":"})
     parts = group(records, "length", "right")
     panels = figure.subplots(1, len(parts), sharey=True)
     for axes, ((n, right), part) in zip(panels, parts.items()):
