@@ -375,11 +375,11 @@ def start_coverage(*_):
     """Every run once, with flags that its script knows; the tables and the figure."""
     coverage, plot = module("coverage.py"), module("plot.py")
     runs = [*coverage.coverage_runs((1, 2)), *coverage.sweep_runs((1, 2))]
-    assert len({name for name, *_ in runs}) == len(runs) == 2 * (12 + 1 + 15 + 21)
+    assert len({name for name, *_ in runs}) == len(runs) == 2 * (12 + 1 + 12 + 21)
     assert all(knows(command) for *_, command in runs)
     commands = {name: " ".join(map(str, command)) for name, _, command in runs}
     assert "--beta 0.1 --alpha 0.01 --alpha-rounds 1000000" in commands["coverage_8_0.3_xpo_1"]
-    assert "--alpha" not in commands["xpo_tldr_2.0_paper_1"] and "--beta 2.0" in commands["xpo_tldr_2.0_paper_1"]
+    assert "--alpha" not in commands["xpo_lists_2.0_paper_1"] and "--beta 2.0" in commands["xpo_lists_2.0_paper_1"]
     assert "--alpha 0.01 --alpha-rounds 3 --total" in commands["xpo_lists_0.1_0.01_3_1"]
     algorithm_1 = commands["coverage_6_0.3_xpo_reference_1"]
     assert (
