@@ -23,15 +23,20 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 ROWS = {"train": 64, "validation": 16, "test": 16}
+COLUMNS = {
+    "reference": ("prompt", "completion", "rubric"),
+    "preference": ("prompt", "chosen", "rejected"),
+}  # of every split
 RL_UPDATES = 6
 
 
 def write_inputs(folder):
-    for task in ("reference", "preference"):
+    for task, columns in COLUMNS.items():
         (folder / task).mkdir()
         for split, count in ROWS.items():
             lines = (ROOT / f"data/tldr_mini/{task}/{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-            (folder / f"{task}/{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            rows = [{name: json.loads(line)[name] for name in columns} for line in lines]
+            (folder / f"{task}/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def start(tree, folder, name, script, *flags, processes=1):
