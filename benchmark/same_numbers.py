@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 ROWS = {"train": 64, "validation": 16, "test": 16}
-COLUMNS = {
+COLUMNS = {  # that every split has: 7194241 reads no others
     "reference": ("prompt", "completion", "rubric"),
     "preference": ("prompt", "chosen", "rejected"),
-}  # of every split
+}
 RL_UPDATES = 6
 
 
