@@ -26,7 +26,7 @@ from data.tldr_mini.rubric import rubric_score
 # reading, checking, saving, resuming, processes, memory: nothing in plumbing/ decides a number of the algorithm, and
 # plumbing/plain.py says in a few lines what each of these names stands for
 from plumbing import fail
-from plumbing.flags import read_args
+from plumbing.flags import read_args, whole_batches
 from plumbing.logits import output_head, selected_logprobs
 from plumbing.models import build_missing, load, load_model, make_trainable, merge, save_model, trainable
 from plumbing.processes import gradient_norm, in_chunks, in_parts, micro_batches, start_processes, sum_over_processes
@@ -252,8 +252,7 @@ def evaluate(policy, rows, ref_policy, reward, tokenizer, args, device):
 if __name__ == "__main__":
     args = read_args(Args, may_be_0="learning_rate total_episodes alpha")
     m, n, first_round = args.prompts_per_round, args.samples_per_prompt, 0 if args.preference_dataset else 1
-    rounds = args.total_episodes // (m * n)  # round 0 is for the pairs to begin with and samples nothing
-    if n < 2 or (rounds == 0 and (first_round == 1 or args.total_episodes > 0)):
+    if n < 2 or (args.total_episodes < m * n and (first_round == 1 or args.total_episodes > 0)):
         fail("--samples-per-prompt must be at least 2, --total-episodes at least that times --prompts-per-round")
     device = start_processes(args, batch_size=args.batch_size)
     run = Run(args)
@@ -273,6 +272,7 @@ if __name__ == "__main__":
     if offline:
         encode_rows(offline, tokenizer, args, chosen_ids="chosen", rejected_ids="rejected")
     train, watched, held_out = splits[names[0]], *(splits[name][: args.eval_rows] for name in names[1:])
+    rounds = whole_batches(args.total_episodes, m * n) if args.total_episodes else 0  # round 0 samples nothing
     epochs = range(1 + rounds * m // len(train))  # each a new shuffle of the train split
     order = np.concatenate([np.random.default_rng([args.seed, DATA, e]).permutation(len(train)) for e in epochs])
 

@@ -67,7 +67,7 @@ def name_of(setting):
 def success(name):
     """-> episodes and share of right copies at every evaluation; a response without EOS scores -1, so that is added back."""
     found = curves(name)
-    return found["at"], [round(score + 1 - eos, 3) for score, eos in zip(found["score"], found["eos"])]
+    return found["at"], [round(score + 1 - eos, 3) + 0.0 for score, eos in zip(found["score"], found["eos"])]
 
 
 def sft_command(setting):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain on a real pretrained model, SmolLM2-135M-Instruct, without a GPU or a hub: SFT, reward model, PPO, DR-PO.
-#   pip install gguf peft && benchmark/smollm2.sh      less than an hour on two cores, 5.1 GiB of memory, 3 GB on disk; goes on where it was stopped
+#   pip install gguf peft && benchmark/smollm2.sh      43 minutes on two cores, 5.2 GiB of memory, 3 GB on disk; goes on where it was stopped
 # The posts of the embedded task; RL climbs the exact rubric, so that what comes out is not the fault of a reward model. The
 # reward model is trained to be looked at: its accuracy, and its scores in the last table. docs/smollm2.md has what came out.
 # 320 episodes are 16 times fewer than the embedded task's default.

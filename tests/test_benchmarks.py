@@ -611,6 +611,7 @@ def read_page(path):
     return found
 
 
+@pytest.mark.slow
 def test_rollout_draws_what_slow_loops_find(tmp_path):
     """All 8 rollouts of a batch, so that the whitening can be done again too; the prompts and answers hold HTML."""
     tiny, kinds = ROOT / "data/tiny_pythia", {"reward": AutoModelForSequenceClassification}

@@ -134,8 +134,8 @@ def test_xpo_with_alpha_0_is_online_dpo(models, tmp_path):
 
 
 def test_alpha_falls_as_in_the_paper(models, tmp_path):
-    flags = ("--total-episodes", 192, "--updates-per-round", 1, "--learning-rate", 0, "--alpha", 0.1)  # four rounds
-    run("xpo.py", "run", models, tmp_path, *flags)
+    flags = ("--total-episodes", 200, "--updates-per-round", 1, "--learning-rate", 0, "--alpha", 0.1)  # four rounds
+    assert "the last 8 of 200" in run("xpo.py", "run", models, tmp_path, *flags).stdout
     first, second, *others = read_metrics(tmp_path / "runs/run")  # the policy stays the reference: DPO's loss is log 2
     for line, alpha in ((first, 0.1), (second, 0.05)):
         assert line["loss"] == pytest.approx(math.log(2) + alpha * line["logprobs/second"], abs=1e-5)
