@@ -7,8 +7,8 @@
 Coverage: lists of 4, 6 and 8 digits, of which the SFT policy starts each right with probability 0.3 (data/transcription, SFT
 policies as in benchmark/separation.py), and of 4 digits where it does with 0.1; the share of right copies of 200 validation lists
 (of 4 digits a third are among those trained on, of 6 one in 200) against the sampled answers. XPO's alpha of 0.01 was chosen by one
-run with 8 digits; it stays, or falls to 0 within the first 5 of 10 rounds. At 6 digits also XPO as the paper's Algorithm 1 has it: one answer
-each from the policy and from the SFT policy.
+run with 8 digits; it stays, or falls to 0 within the first 5 of 10 rounds. At 6 digits also with the samples of the paper's Algorithm 1: one
+answer each from the policy and from the SFT policy.
 
 The sweep: three seeds, 5,120 answers; TL;DR, judged on the test posts, and lists of 6 digits, on the validation lists.
 """
@@ -27,13 +27,15 @@ from benchmark.sweep import ROOT, arguments, curves, last, sweep, write
 OUT = ROOT / "benchmark/coverage.json"
 COVERED, LISTS, EPISODES = ((4, 0.3), (4, 0.1), (6, 0.3), (8, 0.3)), 6, 10_240  # digits, probability that one is right
 CONSTANT = ["--alpha-rounds", 1_000_000]
+FALLING = ["--alpha-rounds", 5]
 BONUS, BETA = ["--alpha", 0.01], 0.1  # of the coverage runs
 ALGORITHM_1 = ["--samples-per-prompt", 2, "--prompts-per-round", 512, "--second-reference", "--second-temperature", 1]
 METHODS = {  # name -> title, script, flags
     "online_dpo": ("online DPO", "online_dpo.py", []),
     "xpo": ("XPO, α constant", "xpo.py", [*BONUS, *CONSTANT]),
-    "xpo_falling": ("XPO, α falling", "xpo.py", [*BONUS, "--alpha-rounds", 5]),
+    "xpo_falling": ("XPO, α falling", "xpo.py", [*BONUS, *FALLING]),
     "xpo_reference": ("XPO, Algorithm 1, α constant", "xpo.py", [*BONUS, *CONSTANT, *ALGORITHM_1]),
+    "xpo_reference_falling": ("XPO, Algorithm 1, α falling", "xpo.py", [*BONUS, *FALLING, *ALGORITHM_1]),
 }
 SCHEDULES = {"paper": [], "0.01, 3 rounds": ["--alpha", 0.01, "--alpha-rounds", 3]}  # the others are constant
 GRID = {  # task -> betas, alphas; "paper": 1e-5, 5e-6, 0
@@ -61,7 +63,7 @@ def coverage_runs(seeds):
     for seed in seeds:
         for length, right in COVERED:
             for method, (_, script, own) in METHODS.items():
-                if method == "xpo_reference" and length != LISTS:
+                if "reference" in method and length != LISTS:
                     continue
                 name = f"coverage_{length}_{right}_{method}_{seed}"
                 flags = [*of_lists(length, right, seed), "--beta", BETA, *own, "--total-episodes", EPISODES]

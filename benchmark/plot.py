@@ -237,7 +237,8 @@ def draw_coverage(figure):
     records = [run for run in load("coverage") if run["part"] == "coverage"]
     looks = {"online_dpo": ("online DPO", PPO), "xpo": ("XPO, α = 0.01 to the end", DRPO)}
     looks["xpo_falling"] = ("XPO, α to 0 in 5 rounds", METHODS["drpo_0.5"][1])
-    looks["xpo_reference"] = ("XPO, Algorithm 1", {"color": "0.6", "marker": "D", "ls": ":"})
+    looks["xpo_reference"] = ("Algorithm 1, α = 0.01", {"color": "0.6", "marker": "D", "ls": ":"})
+    looks["xpo_reference_falling"] = ("Algorithm 1, α to 0", {"color": "0.4", "marker": "v", "ls": "-."})
     parts = group(records, "length", "right")
     panels = figure.subplots(1, len(parts), sharey=True)
     for axes, ((n, right), part) in zip(panels, parts.items()):

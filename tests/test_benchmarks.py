@@ -375,7 +375,7 @@ def start_coverage(*_):
     """Every run once, with flags that its script knows; the tables and the figure."""
     coverage, plot = module("coverage.py"), module("plot.py")
     runs = [*coverage.coverage_runs((1, 2)), *coverage.sweep_runs((1, 2))]
-    assert len({name for name, *_ in runs}) == len(runs) == 2 * (12 + 1 + 12 + 21)
+    assert len({name for name, *_ in runs}) == len(runs) == 2 * (12 + 2 + 12 + 21)
     assert all(knows(command) for *_, command in runs)
     commands = {name: " ".join(map(str, command)) for name, _, command in runs}
     assert "--beta 0.1 --alpha 0.01 --alpha-rounds 1000000" in commands["coverage_8_0.3_xpo_1"]
@@ -393,7 +393,9 @@ def start_coverage(*_):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         coverage.print_tables(records)
-    assert "| 8, 0.3^8 = 7e-05 | 0.38 (0.25 to 0.50) | 0.38 (0.25 to 0.50) | 0.38 (0.25 to 0.50) |  |" in out.getvalue()
+    assert (
+        "| 8, 0.3^8 = 7e-05 | 0.38 (0.25 to 0.50) | 0.38 (0.25 to 0.50) | 0.38 (0.25 to 0.50) |  |  |" in out.getvalue()
+    )
     assert out.getvalue().count("| 0.5 | 37.5 (25.0 to 50.0), 2.0 |") == 2
     figure = pytest.importorskip("matplotlib.figure").Figure()
     with mock.patch.object(plot, "load", lambda _: records):
