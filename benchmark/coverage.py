@@ -10,6 +10,8 @@ policies as in benchmark/separation.py), and of 4 digits where it does with 0.1;
 run with 8 digits; it stays, or falls to 0 within the first 5 of 10 rounds. At 6 digits also with the samples of the paper's Algorithm 1: one
 answer each from the policy and from the SFT policy.
 
+The JSON has the KL, tokens an answer and pairs so far along training too.
+
 The sweep: three seeds, 5,120 answers; TL;DR, judged on the test posts, and lists of 6 digits, on the validation lists.
 """
 
@@ -84,12 +86,12 @@ def sweep_runs(seeds):
 
 
 def record(name, what):
-    """Along training: the share of right copies, or the rubric; at the end what the test split says."""
-    test = last(name)[0]
+    """Along training: the share of right copies, or the rubric, and the pairs so far; at the end what the test split says."""
+    test, log = last(name)[0], curves(name, "pairs")
+    what |= {"kl": log["kl"], "tokens": log["length"], "pairs": log["pairs"]}
     if what["part"] == "tldr":
-        found = curves(name)
         numbers = {key: test[key] for key in ("win_rate", "rubric", "score", "kl")}
-        return what | {"at": found["at"], "success": found["rubric"], "test": numbers}
+        return what | {"at": log["at"], "success": log["rubric"], "test": numbers}
     at, success = separation.success(name)
     return what | {"at": at, "success": success, "test": {"kl": test["kl"]}}
 

@@ -185,7 +185,7 @@ def draw_curves(figure):
     online = {"rto": ("RTO", PPO), "online_dpo": ("online DPO", METHODS["drpo_0.5"][1]), "xpo": ("XPO", DRPO)}
     online |= {"rejection_sampling": ("rejection sampling", {"color": "0.4", "marker": "D", "ls": ":"})}
     pairs = {"dpo": ("DPO", PPO), "dpo_ln": ("LN-DPO", DRPO)}
-    above = {"loss": ("sft.py: loss", {"sft": ("SFT", PPO)})}
+    above = {"loss": ("sft.py: loss", {"sft": ("validation, responses", PPO)})}
     above |= {"accuracy": ("reward_model.py: accuracy", {"reward": ("reward model", PPO)})}
     above |= {
         "accuracy ": ("DPO: accuracy of pairs", pairs),
@@ -203,6 +203,11 @@ def draw_curves(figure):
                 if method in runs:
                     draw_band(axes, runs[method], key.strip(), style | {"ms": 4, "label": label})
             axes.set(xlabel="episodes" if number else "epoch", title=title)
+    updates = [run["train"] for run in runs.get("sft", ())]
+    if updates:
+        draw_band(
+            panels[0][0], updates, "loss", {"color": "tab:blue", "ls": "-", "lw": 1, "label": "batches, with prompts"}
+        )
     finish(*panels[0], *panels[1:, 0])
     finish(*panels[1:, 1:].flat, legend=False)
 

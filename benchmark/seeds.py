@@ -188,6 +188,14 @@ def print_tables(records):
     print("\n" + table({f"reward model, {name}": [found[name] for found in rewards] for name in rewards[0]}))
 
 
+def curve(name, seed):
+    """What a run found on its validation split; of sft.py, which looks twice, the loss of every update too."""
+    found, run = curves(f"seeds_{seed}_{name}"), ROOT / f"runs/seeds_{seed}_{name}/metrics.jsonl"
+    updates = [json.loads(line) for line in run.read_text().splitlines()[1:]] if name == "sft" else []
+    train = {"at": [line["epoch"] for line in updates], "loss": [round(line["loss"], 4) for line in updates]}
+    return found | ({"train": train} if updates else {})
+
+
 def print_ends(records):
     """What every script logs last on its validation split."""
     print("\n| run | evaluated | what it ends with, mean ± standard deviation over seeds |\n|---|---|---|")
@@ -207,7 +215,7 @@ if __name__ == "__main__":
         judge(args.seeds, args.workers, names)
         write(OUT, collect(args.seeds), "seed")
         runs = [name for name in ("sft", "reward", *names[1:]) if name != "expo"]
-        found = [{"run": name, "seed": s} | curves(f"seeds_{s}_{name}") for name in runs for s in args.seeds]
+        found = [{"run": name, "seed": s} | curve(name, s) for name in runs for s in args.seeds]
         write(CURVES, found, "run", "seed")
     print_tables(json.loads(OUT.read_text()))
     print_ends(json.loads(CURVES.read_text()))

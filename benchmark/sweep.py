@@ -52,11 +52,15 @@ def sweep(title, runs, workers):
             sys.exit(str(error) or "stopped; the same command goes on")
 
 
-def curves(name):
-    """Everything that a run found on its validation split: {"at": [...], "rubric": [...], ...}; at: episodes, or epochs."""
+def curves(name, *logged):
+    """Everything that a run found on its validation split: {"at": [...], "rubric": [...], ...}; at: episodes, or epochs.
+
+    logged: what of the training log stands in the same lines, 0 where it does not.
+    """
     found = {}
     for line in map(json.loads, (ROOT / f"runs/{name}/metrics.jsonl").read_text().splitlines()):
         point = {key.removeprefix("eval/"): value for key, value in line.items() if key.startswith("eval/")}
+        point |= {key: line.get(key, 0) for key in logged} if point else {}
         for key, value in ({"at": line.get("episodes", line.get("epoch", 0))} | point).items() if point else ():
             found.setdefault(key, []).append(round(value, 4))
     return found

@@ -187,6 +187,8 @@ def start_seeds(cwd, _):
             seeds.train([1], 1, {"sft", "reward", "drpo"})
         (record,) = seeds.collect([1])
         assert list(record["test_1.0"]) == list(seeds.PAPER) and record["reward"]["all"]["pairs"] == 8
+        losses = seeds.curve("sft", 1)["train"]["loss"]
+        assert losses[0] > losses[-1] > 0 and "train" not in seeds.curve("reward", 1)
         curve = sweep.curves("seeds_1_ppo")
         assert curve["at"] == [0, 16] and len(curve["rubric"]) == 2
         kl = seeds.result("seeds_1_ppo")["PPO"]["kl"]
@@ -274,6 +276,13 @@ def start_true_reward(cwd, _):
     assert scripts == {"ppo.py", "drpo.py"}
 
 
+def write_run(folder, metrics, table):
+    """What a sweep reads of a run."""
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    (folder / "result.json").write_text(json.dumps(table))
+
+
 def knows(command):
     """Whether a script has the flags that it is given."""
     script, *flags = command
@@ -281,7 +290,7 @@ def knows(command):
         "eval_rows",
         "max_rows",
     }
-    used = [x[2:].replace("-", "_") for x in flags if str(x).startswith("--")]
+    used = [x[2:].removeprefix("no-").replace("-", "_") for x in flags if str(x).startswith("--")]
     return set(used) <= known and len(set(used)) == len(used)
 
 
@@ -371,8 +380,8 @@ def start_offline(cwd, _):
     assert offline.table({(run["method"], run["value"]): [run] for run in found}).count("50.0 | 50.0 | 0.500") == 24
 
 
-def start_coverage(*_):
-    """Every run once, with flags that its script knows; the tables and the figure."""
+def start_coverage(cwd, _):
+    """Every run once, with flags that its script knows; what is recorded of one; the tables and the figure."""
     coverage, plot = module("coverage.py"), module("plot.py")
     runs = [*coverage.coverage_runs((1, 2)), *coverage.sweep_runs((1, 2))]
     assert len({name for name, *_ in runs}) == len(runs) == 2 * (12 + 2 + 12 + 21)
@@ -385,6 +394,30 @@ def start_coverage(*_):
     assert (
         algorithm_1.startswith("xpo.py") and "--samples-per-prompt 2" in algorithm_1 and "--second-ref" in algorithm_1
     )
+    write_run(
+        cwd / "runs/some",
+        [{"update": 0, "eval/score": -0.5, "eval/eos": 0.5, "eval/kl": 0.0, "eval/length": 9.0}]
+        + [{"update": 1, "pairs": 1}]
+        + [
+            {
+                "update": 2,
+                "episodes": 64,
+                "pairs": 3,
+                "eval/score": 0.25,
+                "eval/eos": 1.0,
+                "eval/kl": 2.0,
+                "eval/length": 8.0,
+            }
+        ],
+        {"SFT": {"kl": 0.0}, "XPO": {"kl": 2.5}},
+    )
+    with mock.patch.object(sys.modules["benchmark.sweep"], "ROOT", cwd):
+        found = coverage.record("some", dict(runs[0][1]))
+    assert found == runs[0][1] | {"at": [0, 64], "success": [0.0, 0.25], "kl": [0.0, 2.0]} | {
+        "tokens": [9.0, 8.0],
+        "pairs": [0, 3],
+        "test": {"kl": 2.5},
+    }
     records = []
     for _, what, _ in runs:
         end = 0.5 if what["seed"] == 1 else 0.25
@@ -401,6 +434,25 @@ def start_coverage(*_):
     with mock.patch.object(plot, "load", lambda _: records):
         plot.draw_coverage(figure)
     assert [list(line.get_ydata()) for line in figure.axes[3].lines] == [[0, 0.1875, 0.375]] * 3
+
+
+def start_usage(cwd, _):
+    """Commands that the scripts know and that stand in the docs; the number of each is the one of its last table."""
+    usage, sweep = module("usage.py"), sys.modules["benchmark.sweep"]
+    docs = " ".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    for name, (script, flags, key) in usage.COMMANDS.items():
+        command = usage.command(name, 2)
+        assert knows(command) and {"--seed", 2} <= set(command), name
+        shown = " ".join(map(str, (script, *flags))).replace("1000000000.0", "1e9")
+        assert f"python {shown} " in docs, shown
+        table = (
+            {"SFT": {key: 0.1}, "policy": {key: 0.2}} if key != "accuracy" else {"all": {key: 0.2}, "few": {key: 0.1}}
+        )
+        write_run(cwd / f"runs/usage_2_{name}", [], table)
+        with mock.patch.object(sweep, "ROOT", cwd):
+            assert usage.record(name, 2) == {"command": name, "seed": 2, key: 0.2}
+    assert "--sft-path" not in usage.command("sft_responses", 2)
+    assert [x for x in usage.command("question_mark", 2) if str(x).endswith("reward")] == []
 
 
 def start_failures(*_):
