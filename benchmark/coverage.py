@@ -88,7 +88,7 @@ def sweep_runs(seeds):
 def record(name, what):
     """Along training: the share of right copies, or the rubric, and the pairs so far; at the end what the test split says."""
     test, log = last(name)[0], curves(name, "pairs")
-    what |= {"kl": log["kl"], "tokens": log["length"], "pairs": log["pairs"]}
+    what = what | {"kl": log["kl"], "tokens": log["length"], "pairs": log["pairs"]}
     if what["part"] == "tldr":
         numbers = {key: test[key] for key in ("win_rate", "rubric", "score", "kl")}
         return what | {"at": log["at"], "success": log["rubric"], "test": numbers}

@@ -60,8 +60,10 @@ def curves(name, *logged):
     found = {}
     for line in map(json.loads, (ROOT / f"runs/{name}/metrics.jsonl").read_text().splitlines()):
         point = {key.removeprefix("eval/"): value for key, value in line.items() if key.startswith("eval/")}
-        point |= {key: line.get(key, 0) for key in logged} if point else {}
-        for key, value in ({"at": line.get("episodes", line.get("epoch", 0))} | point).items() if point else ():
+        if not point:
+            continue
+        point |= {key: line.get(key, 0) for key in logged}
+        for key, value in ({"at": line.get("episodes", line.get("epoch", 0))} | point).items():
             found.setdefault(key, []).append(round(value, 4))
     return found
 

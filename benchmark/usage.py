@@ -21,7 +21,7 @@ COMMANDS = {  # name -> script, flags, number of its last table
     "sft_responses": ("sft.py", ["--no-train-on-prompt"], "loss"),
     "reward_paper": ("reward_model.py", ["--center-coef", 0, "--num-epochs", 1], "accuracy"),
     "question_mark": ("ppo.py", ["--reward-path", "data/question_mark.py"], "score"),
-    "rto_no_clip": ("rto.py", ["--token-reward-clip", 1e9], "rubric"),
+    "rto_no_clip": ("rto.py", ["--token-reward-clip", "1e9"], "rubric"),
     "rejection_sampling_eta": ("rejection_sampling.py", ["--eta", 0.5], "rubric"),
     "xpo_algorithm_1": ("xpo.py", ALGORITHM_1, "rubric"),
 }

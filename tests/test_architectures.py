@@ -41,8 +41,7 @@ CONFIGS = {
 }
 QUIRKS = ("own_pad", "no_pad", "pad_is_eos", "bos")
 PAIRS = [(architecture, quirk) for architecture in CONFIGS for quirk in QUIRKS]
-FAST = [("qwen3", "bos")]  # the one least like the embedded task's in every run of the tests, the others when slow
-CASES = [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow, id="-".join(pair)) for pair in PAIRS]
+CASES = [pytest.param(*pair, marks=pytest.mark.slow, id="-".join(pair)) for pair in PAIRS]
 
 
 def quirky_tokenizer(quirk):

@@ -443,7 +443,7 @@ def start_usage(cwd, _):
     for name, (script, flags, key) in usage.COMMANDS.items():
         command = usage.command(name, 2)
         assert knows(command) and {"--seed", 2} <= set(command), name
-        shown = " ".join(map(str, (script, *flags))).replace("1000000000.0", "1e9")
+        shown = " ".join(map(str, (script, *flags)))
         assert f"python {shown} " in docs, shown
         table = (
             {"SFT": {key: 0.1}, "policy": {key: 0.2}} if key != "accuracy" else {"all": {key: 0.2}, "few": {key: 0.1}}

@@ -102,6 +102,7 @@ def test_exploration_goes_on_where_the_reward_orders_nothing(models, tmp_path):
 
 
 # limits
+@pytest.mark.slow
 def test_offline_on_one_batch_is_dpo(models, tmp_path):
     sizes = ("--batch-size", 256, "--learning-rate", 1e-3, "--beta", 0.3, "--output-dir")
     flags = ("--dataset", models.preference, "--sft-path", models.sft, *sizes, "dpo", "--run-name", "dpo")

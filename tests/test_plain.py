@@ -78,7 +78,7 @@ def numbers_of(stdout):
     return metrics, json.loads(stdout[stdout.rindex("\n{\n") :])
 
 
-@pytest.mark.parametrize("script", slow_for(("dpo_ln.py", "rto.py", "online_dpo.py"), SCRIPTS))
+@pytest.mark.parametrize("script", slow_for(("dpo.py", "dpo_ln.py", "rto.py", "online_dpo.py"), SCRIPTS))
 def test_plumbing_decides_no_number(script, models, tmp_path):
     flags = (*flags_of(script, models), "--output-dir", "out")
     # small micro-batches, so that plumbing has something to put together again
